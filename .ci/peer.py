@@ -184,13 +184,21 @@ class Daemon:
 
     def start(self) -> "Daemon":
         """Start the process and wait until it says where it listens."""
-        self.launch()
+        return self.launch().answering()
+
+    def answering(self) -> "Daemon":
+        """Wait until the process that was launched says where it listens."""
         until(self._listening, "hookd to listen", tell=lambda: self.log)
         return self
 
     def _listening(self) -> bool:
+        fixed = re.search(r"(?m)^listen = 127\.0\.0\.1:([1-9]\d*)$", self.ini.read_text())
+        if fixed:  # where the log is syslog's, a connection tells
+            self.address = "127.0.0.1", int(fixed[1])
+            with contextlib.suppress(OSError), self.connect(1):
+                return True
         new = self.log_file.read_bytes()[self.began_at:].decode("utf-8", "replace")
-        said = re.search(r"listening on (?:https?://)?127\.0\.0\.1:(\d+)", new)
+        said = not fixed and re.search(r"listening on (?:https?://)?127\.0\.0\.1:(\d+)", new)
         if not said and not self.alive():
             raise AssertionError(f"hookd ended before it listened\n{new}")
         if said:
@@ -291,6 +299,12 @@ def read_answer(connection: socket.socket) -> Answer:
         data += piece
 
 
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on just now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 def run_number(answer: Answer) -> int:
     """Return the number in `queued run 12: ...`; fail where the answer is no 202."""
     said = re.match(r"queued run (\d+)", answer.text)
@@ -315,7 +329,7 @@ class Case(unittest.TestCase):
         self.assertNotIn("Traceback", daemon.log)
 
 
-class Result(unittest.TextTestResult):  # type: ignore[type-arg,unused-ignore]
+class Result(unittest.TextTestResult):
     """Tells each test's name and seconds."""
 
     def startTest(self, test: unittest.TestCase) -> None:
@@ -327,7 +341,8 @@ class Result(unittest.TextTestResult):  # type: ignore[type-arg,unused-ignore]
         super().addSuccess(test)
 
     def getDescription(self, test: unittest.TestCase) -> str:
-        return str(getattr(test, "_testMethodName", test))
+        words = str(test).split(" ", 2)  # name (class) [subtest]
+        return " ".join((words[0], *words[2:]))
 
 
 def main() -> None:
@@ -335,10 +350,11 @@ def main() -> None:
     if not HOOKD.exists():
         sys.exit("hookd.py is not there")
     began = time.monotonic()
-
-    runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=Result)
+    kind: Any = Result
+    runner = unittest.TextTestRunner(stream=sys.stdout, verbosity=2, resultclass=kind)
     outcome = unittest.main(testRunner=runner, exit=False).result
-    bad, skipped = len(outcome.failures) + len(outcome.errors), len(outcome.skipped)
+    bad = len({getattr(x, "test_case", x) for x, _ in outcome.failures + outcome.errors})
+    skipped = len(outcome.skipped)
     print(f"{Path(sys.argv[0]).name}: {outcome.testsRun - bad - skipped} passed, {bad} failed, "
           f"{skipped} skipped, {time.monotonic() - began:.0f} s")
     sys.exit(0 if outcome.wasSuccessful() else 1)
