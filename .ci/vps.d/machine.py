@@ -1,0 +1,234 @@
+"""A Debian 12 server in a container: its tree, its boot, and commands inside it.
+
+The tree is built once with debootstrap and kept; every boot puts an overlay on top of it, in a
+mount namespace of its own, so that nothing has to be unmounted afterwards.  systemd-nspawn starts
+systemd as the first process.  The container's network is its own and has a loopback only; the
+driver moves into that network (`Machine.enter_network`) and is then a client like any other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Callable, TextIO
+
+KEPT = Path(os.environ.get("HOOKD_VPS", "/var/tmp/hookd-vps"))
+SUITE = "bookworm"
+BASE = "systemd systemd-sysv dbus ca-certificates"
+PACKAGES = """nginx-light caddy rsyslog polkitd libpam-systemd libnss-systemd openssh-server
+    openssh-client git python3 python3-flask gunicorn curl openssl rsync sudo procps iproute2"""
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+RECIPE = "3"  # change it when the way the tree is built changes
+POLICY = "#!/bin/sh\nexit 101\n"  # no daemon is started while packages are installed
+UNIFIED = "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"  # cgroups as on a Debian 12 of its own
+CLONE_NEWNET = 0x40000000
+PROXIES = ("http_proxy", "https_proxy", "no_proxy")
+
+
+class CannotBootError(Exception):
+    """This machine cannot have the container; the reason is one line."""
+
+
+# --- the tree ------------------------------------------------------------------------------------
+
+
+def hold_lock() -> TextIO:
+    """Return the open lock file that keeps a second `.ci/vps` waiting until this one ends."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    lock = open(KEPT / "lock", "w", encoding="ascii")  # noqa: SIM115 - held to the end
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def require_debian() -> None:
+    """Raise CannotBootError unless this is root on something like Debian."""
+    if os.geteuid() != 0:
+        raise CannotBootError("not root")
+    try:
+        release = Path("/etc/os-release").read_text(encoding="utf-8")
+    except OSError:
+        release = ""
+    if "debian" not in release or not shutil.which("apt-get"):
+        raise CannotBootError("not Debian")
+
+
+def install_tools() -> None:
+    """Install debootstrap and systemd-nspawn where they are missing."""
+    wanted = {"debootstrap": "debootstrap", "systemd-nspawn": "systemd-container"}
+    missing = [package for tool, package in wanted.items() if not shutil.which(tool)]
+    if missing:
+        install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing]
+        logged(["apt-get", "update", "-qq"], 120)
+        logged(install, 300)
+
+
+def tree() -> Path:
+    """Return the directory of the server's tree, built now if it is missing or outdated."""
+    words = " ".join([RECIPE, SUITE, BASE, PACKAGES]).split()
+    name = "tree-" + hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
+    for old in KEPT.iterdir():
+        if old.name not in (name, "lock", "build.log"):
+            shutil.rmtree(old, ignore_errors=True)
+    if not (KEPT / name).is_dir():
+        install_tools()
+        build_tree(KEPT / (name + ".new"))
+        (KEPT / (name + ".new")).rename(KEPT / name)
+    return KEPT / name
+
+
+def build_tree(root: Path) -> None:
+    """Make a minimal Debian in `root`, then install the rest of the packages inside it."""
+    include = "--include=" + ",".join(BASE.split())
+    logged(["debootstrap", "--variant=minbase", include, SUITE, str(root)], 400)
+    policy = root / "usr/sbin/policy-rc.d"
+    policy.write_text(POLICY, encoding="ascii")
+    policy.chmod(0o755)
+    packages = " ".join(PACKAGES.split())
+    script = f"apt-get update -qq && apt-get install -qq -y --no-install-recommends {packages}"
+    logged(["chroot", str(root), "sh", "-c", f"{script} && apt-get clean"], 400)
+    policy.unlink()
+    for service in ("nginx", "caddy"):  # a check starts the one it is about
+        logged(["chroot", str(root), "systemctl", "disable", service], 30)
+
+
+def logged(command: list[str], timeout: float) -> None:
+    """Run a command with its output in the build log; a failure is CannotBootError."""
+    environment = {"PATH": PATH, "LANG": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
+    environment.update({key: os.environ[key] for key in PROXIES if key in os.environ})
+    with open(KEPT / "build.log", "ab") as log:
+        try:
+            subprocess.run(command, env=environment, timeout=timeout, check=True,
+                           stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise CannotBootError(f"{error}; see {KEPT}/build.log") from None
+
+
+# --- the running server --------------------------------------------------------------------------
+
+
+class FailedError(Exception):
+    """A check did not find what it expected."""
+
+
+def wait_until(what: str, condition: Callable[[], object], seconds: float = 20) -> object:
+    """Return the condition's first true value; FailedError names `what` after the deadline."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise FailedError(f"after {seconds:g} s still not: {what}")
+        time.sleep(0.05)
+
+
+class Machine:
+    """One server: boot() it, run() commands in it, files are under `root`, stop() it."""
+
+    def __init__(self, base: Path) -> None:
+        self.place = KEPT / f"run-{os.getpid()}"
+        self.base = base
+        self.leader = 0
+        self.nspawn: subprocess.Popen[bytes] | None = None
+        for name in ("upper", "work", "root"):
+            (self.place / name).mkdir(parents=True, exist_ok=True)
+
+    @property
+    def root(self) -> Path:
+        """The server's files, seen from outside."""
+        return Path(f"/proc/{self.leader}/root")
+
+    def boot(self) -> None:
+        """Start systemd on the overlay and wait until it says that it runs."""
+        place = self.place
+        overlay = f"lowerdir={self.base},upperdir={place}/upper,workdir={place}/work"
+        nspawn = (f"systemd-nspawn -q -D {place}/root -b --register=no --keep-unit --machine=server"
+                  " --private-network --console=read-only --resolv-conf=off --timezone=off"
+                  " --link-journal=no")
+        script = f"mount -t overlay overlay -o {overlay} {place}/root && exec setsid env {UNIFIED} {nspawn}"
+        with open(place / "console", "ab") as console:
+            self.nspawn = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", "unshare", "-m", "sh", "-c", script],
+                stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+        try:
+            wait_until("the container started", self.find_leader, 30)
+            wait_until("systemd runs", self.is_up, 60)
+        except FailedError as failure:
+            self.stop()
+            console_text = (place / "console").read_text(encoding="utf-8", errors="replace")
+            raise CannotBootError(f"{failure}; {' '.join(console_text.split())[-300:]}") from None
+        self.enter_network()
+
+    def find_leader(self) -> bool:
+        """Note the container's first process, the child of nspawn."""
+        assert self.nspawn
+        if self.nspawn.poll() is not None:
+            raise FailedError(f"systemd-nspawn ended with {self.nspawn.returncode}")
+        children = Path(f"/proc/{self.nspawn.pid}/task/{self.nspawn.pid}/children").read_text()
+        self.leader = int(children.split()[0]) if children.split() else 0
+        return self.leader > 0
+
+    def is_up(self) -> bool:
+        """Tell whether systemd has finished starting."""
+        asked = self.run("systemctl is-system-running", check=False, timeout=10)
+        return asked.stdout.strip() in ("running", "degraded")
+
+    def enter_network(self) -> None:
+        """Move this thread, and the threads it starts, into the server's network."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(f"/proc/{self.leader}/ns/net", "rb") as namespace:
+            if libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
+                raise CannotBootError(f"setns: {os.strerror(ctypes.get_errno())}")
+
+    def run(self, script: str, user: str = "root", check: bool = True, timeout: float = 60,
+            stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a shell script in the server; FailedError has its output unless it ends with 0."""
+        home = "/root" if user == "root" else f"/home/{user}"
+        inside = ["runuser", "-u", user, "--"] if user != "root" else []
+        command = ["nsenter", "-t", str(self.leader), "-a", "env", "-i", f"PATH={PATH}",
+                   f"HOME={home}", "LANG=C.UTF-8", *inside, "sh", "-c", script]
+        try:
+            done = subprocess.run(command, input=stdin, timeout=timeout, text=True, check=False,
+                                  errors="replace", capture_output=True)
+        except subprocess.TimeoutExpired:
+            raise FailedError(f"`{script}` took more than {timeout:g} s") from None
+        if check and done.returncode != 0:
+            printed = done.stdout + done.stderr
+            raise FailedError(f"`{script}` ended with {done.returncode}:\n{printed}")
+        return done
+
+    def out(self, script: str, user: str = "root", timeout: float = 60) -> str:
+        """Return what a script that must succeed prints, without the last newline."""
+        return self.run(script, user, timeout=timeout).stdout.rstrip("\n")
+
+    def write(self, path: str, text: str, mode: int = 0o644, owner: str = "root") -> None:
+        """Write a file of the server, its directory made if missing."""
+        self.run(f'mkdir -p "$(dirname {path})" && cat >{path} && chmod {mode:o} {path} '
+                 f"&& chown {owner}: {path}", stdin=text)
+
+    def read(self, path: str) -> str:
+        """Return a file of the server as text."""
+        return self.run(f"cat {path}").stdout
+
+    def cut_power(self) -> None:
+        """End every process of the server at once, as when the plug is pulled."""
+        assert self.nspawn
+        if self.leader:
+            os.kill(self.leader, signal.SIGKILL)
+        else:
+            self.nspawn.kill()
+        self.nspawn.wait(30)
+        self.leader = 0
+
+    def stop(self) -> None:
+        """Throw the server away."""
+        if self.nspawn and self.nspawn.poll() is None:
+            self.cut_power()
+        shutil.rmtree(self.place, ignore_errors=True)

@@ -1,0 +1,166 @@
+"""Real remotes: a read-only deploy key over a real sshd, and pushes that never came."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from scene import Scene, wait_until
+from server import Repository, block, expect
+
+KEY = "/var/lib/hookd/blog_key"
+BLOG = f"""
+[octo/blog main]
+git = git@github.com:octo/blog.git
+deploy_key = {KEY}
+directory = /srv/blog
+timeout = 30s
+catch_up = no
+command = cp page shown
+"""
+
+
+class DeployKey(Scene):
+    """One repository, reading only, as GitHub's page makes it."""
+
+    blog: Repository
+
+    def setup(self) -> None:
+        self.blog = Repository(self.server, "octo/blog")
+        Repository(self.server, "octo/other").commit("main", {"page": "other"})
+        self.server.run("install -d /srv/blog")
+        self.server.install()
+        self.server.run("chown hookd: /srv/blog")
+
+    def it_is_made_as_the_readme_says(self) -> None:
+        """ssh-keygen as the user hookd; the public half is pasted into GitHub's page."""
+        printed = self.server.type_on_server(block("deploy-key"))
+        public = re.search(r"ssh-ed25519 \S+[^\n]*", printed)
+        expect(public, f"no public key was printed:\n{printed}")
+        self.blog.deploy_key(public.group(0) if public else "")
+        private = re.search(r"-f\s+(\S+)", block("deploy-key"))
+        path = private.group(1) if private else KEY
+        shown = self.server.out(f"stat -c '%U %a' {path}")
+        expect(shown == "hookd 600", f"{path}: {shown}")
+        self.server.configure(BLOG.replace(KEY, path))
+
+    def a_push_is_fetched_with_it(self) -> None:
+        """The host key is accepted the first time and kept in the state."""
+        name = self.blog.push(self.server.webhook(), "main", {"page": "one"})
+        self.server.wait_for_state("octo/blog", "main", name)
+        expect(self.server.read("/srv/blog/shown") == "one", "another page")
+        known = self.server.read("/var/lib/hookd/known_hosts")
+        expect("github.com" in known or known.startswith("|1|"), f"known hosts: {known[:80]}")
+
+    def it_cannot_push_nor_read_another_repository(self) -> None:
+        """So much for the key; hookd tells what git told."""
+        path = re.search(r"deploy_key = (\S+)", self.server.read("/opt/hookd/hookd.ini"))
+        ssh = (f"GIT_SSH_COMMAND='ssh -i {path.group(1) if path else KEY} -o BatchMode=yes"
+               " -o UserKnownHostsFile=/var/lib/hookd/known_hosts'")
+        for what in ("clone -q git@github.com:octo/other.git /tmp/other",
+                     "-C /srv/blog push -q git@github.com:octo/blog.git HEAD:refs/heads/x"):
+            done = self.server.run(f"runuser -u hookd -- env {ssh} git {what} 2>&1", check=False)
+            expect(done.returncode != 0 and "ERROR" in done.stdout, f"{what}: {done.stdout}")
+
+    def a_wrong_key_is_told_with_what_to_do(self) -> None:
+        """The run fails at once, nothing asks for a password."""
+        ini = self.server.read("/opt/hookd/hookd.ini")
+        self.server.run("runuser -u hookd -- ssh-keygen -q -t ed25519 -N '' -f"
+                        " /var/lib/hookd/strange")
+        self.server.configure(re.sub(r"deploy_key = \S+", "deploy_key = /var/lib/hookd/strange",
+                                     ini))
+        name = self.blog.push(self.server.webhook(), "main", {"page": "two"})
+        self.server.wait_for_state("octo/blog", "main", state="failed")
+        output = self.server.hookd("log octo/blog main")
+        self.note(output.strip().splitlines()[-1][:120])
+        expect("deploy_key" in output or "deploy key" in output.lower(), output)
+        self.server.configure(ini)
+        self.server.hookd("run octo/blog main")
+        self.server.wait_for_state("octo/blog", "main", name)
+
+    def a_changed_host_key_is_refused_and_told(self) -> None:
+        """Somebody else answers as github.com: no fetch, and what to do in words."""
+        self.server.run("mkdir /root/keys && cp /etc/ssh/ssh_host_* /root/keys/"
+                        " && rm /etc/ssh/ssh_host_* && ssh-keygen -A && systemctl restart ssh")
+        name = self.blog.push(self.server.webhook(), "main", {"page": "three"})
+        self.server.wait_for_state("octo/blog", "main", state="failed")
+        output = self.server.hookd("log octo/blog main")
+        expect("known_hosts" in output and "host key" in output.lower(), output)
+        expect(self.server.read("/srv/blog/shown") == "two", "it was deployed")
+        self.server.run("cp /root/keys/* /etc/ssh/ && systemctl restart ssh")
+        self.server.hookd("run octo/blog main")
+        self.server.wait_for_state("octo/blog", "main", name)
+
+    def a_git_killed_in_the_middle_heals(self) -> None:
+        """index.lock is left behind, the next run is ok."""
+        self.server.run("touch /srv/blog/.git/index.lock && chown hookd: /srv/blog/.git/index.lock")
+        name = self.blog.push(self.server.webhook(), "main", {"page": "four"})
+        self.server.wait_for_state("octo/blog", "main", name)
+
+    def a_host_that_never_answers_ends_with_the_timeout(self) -> None:
+        """sshd is stopped in the middle: git hangs, the run does not."""
+        ini = self.server.read("/opt/hookd/hookd.ini")
+        self.server.configure(ini.replace("timeout = 30s", "timeout = 3s"))
+        self.server.run("pkill -STOP -x sshd -o")
+        began = time.monotonic()
+        name = self.blog.push(self.server.webhook(), "main", {"page": "five"})
+        self.server.wait_for_state("octo/blog", "main", state="timeout", seconds=40)
+        self.note(f"timeout = 3s ended after {time.monotonic() - began:.0f} s")
+        self.server.run("pkill -CONT -x sshd -o")
+        self.server.configure(ini)
+        self.server.hookd("run octo/blog main")
+        self.server.wait_for_state("octo/blog", "main", name)
+
+
+class CatchUp(Scene):
+    """Deliveries that were missed are found by asking the remote."""
+
+    blog: Repository
+
+    def setup(self) -> None:
+        self.blog = Repository(self.server, "octo/blog")
+        self.server.run("install -d /srv/blog")
+        self.server.install()
+        self.server.run("chown hookd: /srv/blog && runuser -u hookd -- ssh-keygen -q -t ed25519"
+                        f" -N '' -f {KEY}")
+        self.blog.deploy_key(self.server.read(f"{KEY}.pub"))
+        self.blog.commit("main", {"page": "one"})
+        self.ini = BLOG.replace("catch_up = no", "catch_up = 3s")
+
+    def at_start_the_branch_is_deployed_without_any_push(self) -> None:
+        self.server.configure(self.ini, restart=True)
+        self.server.wait_for_state("octo/blog", "main", self.blog.tip("main"))
+
+    def a_push_missed_while_hookd_was_down_is_found(self) -> None:
+        self.server.run("systemctl stop hookd")
+        name = self.blog.commit("main", {"page": "two"})
+        self.server.run("systemctl start hookd")
+        self.server.wait_for_state("octo/blog", "main", name)
+        expect(self.server.read("/srv/blog/shown") == "two", "another page")
+
+    def a_delivery_that_never_came_is_found_later(self) -> None:
+        began = time.monotonic()
+        name = self.blog.commit("main", {"page": "three"})
+        self.server.wait_for_state("octo/blog", "main", name)
+        self.note(f"after {time.monotonic() - began:.1f} s, catch_up = 3s")
+
+    def a_remote_that_is_down_is_told_once_and_once_when_back(self) -> None:
+        """Four tries fail, one line; then one more line and the deploy."""
+        before = len(self.server.log_lines("github.com"))
+        self.server.run("systemctl stop ssh")
+        wait_until("it is told", lambda: len(self.server.log_lines("github.com")) > before)
+        time.sleep(9)
+        told = self.server.log_lines("github.com")[before:]
+        expect(len(told) == 1, f"{len(told)} lines while it was down: {told}")
+        self.server.run("systemctl start ssh")
+        name = self.blog.commit("main", {"page": "four"})
+        self.server.wait_for_state("octo/blog", "main", name)
+        self.note(told[0][:100])
+
+    def a_failing_commit_is_not_tried_again_and_again(self) -> None:
+        self.server.configure(self.ini.replace("cp page shown", "exit 1"))
+        name = self.blog.commit("main", {"page": "five"})
+        self.server.wait_for_state("octo/blog", "main", name, "failed")
+        run = self.server.target("octo/blog", "main")["run"]
+        time.sleep(8)
+        expect(self.server.target("octo/blog", "main")["run"] == run, "it was tried again")

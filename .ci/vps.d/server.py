@@ -1,0 +1,250 @@
+"""The server of the checks: a Machine with its people, its names, and hookd on it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from github import ZERO, Answer, GitHub, push
+from machine import FailedError, Machine, wait_until
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+SHIPPED = ("hookd.py", "hookd.ini", "hookd.service")
+VISITOR = "203.0.113.77"
+NAMES = """server.example.com github.com www.example.com staging.example.com hooks.example.com
+    myapp.example.com app.example.com example.com"""
+
+PEOPLE = f"""
+hostname server; echo server >/etc/hostname
+echo 127.0.0.1 localhost server {' '.join(NAMES.split())} >/etc/hosts
+ip address add 203.0.113.10/32 dev lo; ip address add {VISITOR}/32 dev lo
+useradd -m -s /bin/sh laptop; useradd -m -s /bin/sh git; chmod 755 /home/git
+install -d -m 700 -o laptop /home/laptop/.ssh /home/laptop/hookd
+install -d -m 700 /root/.ssh; install -d -m 700 -o git /home/git/.ssh
+install -d -o git /srv/git /srv/desk
+ssh-keygen -q -t ed25519 -N '' -f /home/laptop/.ssh/id_ed25519
+cp /home/laptop/.ssh/id_ed25519.pub /root/.ssh/authorized_keys
+printf 'Host *\\nHostName 127.0.0.1\\nUser root\\nStrictHostKeyChecking accept-new\\n' \\
+    >/home/laptop/.ssh/config
+chown -R laptop: /home/laptop
+git config --system user.name Mona; git config --system user.email mona@example.com
+git config --system init.defaultBranch main
+"""
+
+# What GitHub does with a deploy key: this one repository, reading only.
+SERVE = """#!/bin/sh
+case "$SSH_ORIGINAL_COMMAND" in
+"git-upload-pack '$1.git'" | "git-upload-pack '$1'" | "git-upload-pack '/$1.git'")
+    exec git-upload-pack "/srv/git/$1.git" ;;
+git-receive-pack*) echo "ERROR: The key you are authenticating with is read only." >&2; exit 1 ;;
+*) echo "ERROR: Repository not found." >&2; exit 1 ;;
+esac
+"""
+
+
+class Server(Machine):
+    """A Debian server that a person rents, with hookd installed by install()."""
+
+    def prepare(self) -> None:
+        """Boot, and make the laptop's user, the git host's user, and the names."""
+        self.boot()
+        self.run(PEOPLE)
+        self.write("/usr/local/bin/git-serve", SERVE, 0o755)
+        for name in (*SHIPPED, "README.md"):
+            source = REPOSITORY / name
+            if source.is_file():
+                text = source.read_text(encoding="utf-8")
+                mode = 0o755 if source.stat().st_mode & 0o100 else 0o644
+                self.write(f"/home/laptop/hookd/{name}", text, mode, "laptop")
+
+    def reboot(self) -> None:
+        """Boot again after cut_power; the addresses of the interface have to be given again."""
+        self.boot()
+        self.run(f"ip address add 203.0.113.10/32 dev lo; ip address add {VISITOR}/32 dev lo")
+
+    def install(self, ini: str = "") -> None:
+        """Put hookd where the README puts it and start it, with `ini` or the shipped one."""
+        self.run("mkdir -p /opt/hookd && cd /home/laptop/hookd && cp hookd.* /opt/hookd/"
+                 " && chown root: /opt/hookd/* && useradd --system --home-dir /var/lib/hookd"
+                 " --shell /usr/sbin/nologin hookd")
+        if ini:
+            self.write("/opt/hookd/hookd.ini", ini)
+        self.run("systemctl enable --now /opt/hookd/hookd.service")
+
+    def type_on_laptop(self, script: str) -> str:
+        """Type a block of the README on the laptop, in the folder with the three files."""
+        return self.out(f"cd /home/laptop/hookd && exec sh -ex <<'BLOCK'\n{script}\nBLOCK",
+                        "laptop", timeout=60)
+
+    def type_on_server(self, script: str) -> str:
+        """Type a block of the README on the server, logged in as root over its sshd."""
+        done = self.run("exec ssh root@server.example.com 'sh -e 2>&1'", "laptop", stdin=script,
+                        check=False)
+        if done.returncode != 0:
+            raise FailedError(f"typed on the server, ended with {done.returncode}:\n{script}\n"
+                         f"it printed:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    # --- hookd on it
+
+    def hookd(self, arguments: str, check: bool = True, timeout: float = 60) -> str:
+        """Run a verb of hookd.py as root; return what it prints."""
+        script = f"python3 /opt/hookd/hookd.py {arguments} 2>&1"
+        return self.run(script, check=check, timeout=timeout).stdout
+
+    def configure(self, ini: str, restart: bool = False) -> None:
+        """Replace the ini and let hookd read it."""
+        self.write("/opt/hookd/hookd.ini", ini)
+        self.run("systemctl restart hookd" if restart else "systemctl reload hookd")
+        if not restart:  # a reload ends when the signal is sent
+            self.wait_for_log("reloaded")
+
+    def webhook(self, **settings: Any) -> GitHub:
+        """Return GitHub's side of the webhook, with the secret hookd made."""
+        return GitHub(self.read("/var/lib/hookd/secret").strip(), **settings)
+
+    def main_pid(self) -> int:
+        """Return the daemon's process, 0 when there is none."""
+        return int(self.out("systemctl show -P MainPID hookd") or 0)
+
+    def is_active(self) -> bool:
+        """Tell whether systemd says that hookd runs."""
+        return self.out("systemctl is-active hookd || true") == "active"
+
+    def journal(self, ident: str = "hookd") -> list[dict[str, Any]]:
+        """Return the journal's entries of one program, oldest first."""
+        self.run("journalctl --sync", check=False)
+        lines = self.out(f"journalctl -q -t {ident} -o json").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def log_lines(self, *words: str) -> list[str]:
+        """Return hookd's lines that have all these words, whatever their case."""
+        lines = [str(entry["MESSAGE"]) for entry in self.journal()]
+        return [line for line in lines if all(w.lower() in line.lower() for w in words)]
+
+    def wait_for_log(self, *words: str, seconds: float = 20, times: int = 1) -> str:
+        """Return the newest line with these words once there are so many of them."""
+        what = f"{times} line(s) in hookd's log with {' and '.join(words)}"
+        wait_until(what, lambda: len(self.log_lines(*words)) >= times, seconds)
+        return self.log_lines(*words)[-1]
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return what `status --json` says."""
+        told: list[dict[str, Any]] = json.loads(self.hookd("status --json", check=False))
+        return told
+
+    def target(self, repo: str, branch: str) -> dict[str, Any]:
+        """Return one target of `status --json`, empty where there is none."""
+        for one in self.status():
+            if one["repo"].lower() == repo.lower() and one["branch"] == branch:
+                return one
+        return {}
+
+    def wait_for_state(self, repo: str, branch: str, commit: str = "", state: str = "ok",
+                       seconds: float = 30) -> dict[str, Any]:
+        """Return the target once its last run ended so (for this commit) and nothing waits."""
+
+        def reached() -> bool:
+            one = self.target(repo, branch)
+            done = bool(one) and one["state"] == state and not one["running"]
+            return done and not one["waiting"] and (not commit or one["commit"] == commit)
+
+        wait_until(f"{repo} {branch} is {state} {commit[:7]}", reached, seconds)
+        return self.target(repo, branch)
+
+
+class Repository:
+    """A repository on the git host, and the desk of the person who works in it."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        self.server, self.name = server, name
+        self.bare, self.desk = f"/srv/git/{name}.git", f"/srv/desk/{name}"
+        server.run(f"git init -q --bare {self.bare} && git init -q {self.desk}"
+                   f" && git -C {self.desk} remote add origin {self.bare}", "git")
+
+    def commit(self, branch: str, files: dict[str, str], message: str = "a change") -> str:
+        """Commit files on a branch and push them; return the commit's name."""
+        start = self.tip(branch) or "--orphan"
+        switch = f"git switch -q -C {branch} {start}"
+        if start == "--orphan":
+            switch = f"git switch -q {branch} 2>/dev/null || git switch -q -c {branch}"
+        self.server.run(f"cd {self.desk} && {switch}", "git")
+        for path, text in files.items():
+            self.server.write(f"{self.desk}/{path}", text, 0o755, "git")
+        self.server.run(f"chown -R git: {self.desk} && cd {self.desk}")
+        return self.publish(branch, f"git add -A && git commit -q -m '{message}'")
+
+    def merge(self, source: str, branch: str) -> str:
+        """Merge one branch into another, as a pull request does; return the merge commit."""
+        switch = f"git switch -q {branch} 2>/dev/null || git switch -q -c {branch} {source}"
+        merge = f"git merge -q --no-ff -m 'Merge pull request #1 from octo/{source}' {source}"
+        return self.publish(branch, f"{{ {switch}; }} && {merge}")
+
+    def publish(self, branch: str, script: str) -> str:
+        """Run a script at the desk, push the branch, return its newest commit."""
+        return self.server.out(f"cd {self.desk} && {script} && git push -q -f origin {branch}"
+                               " && git rev-parse HEAD", "git")
+
+    def delete(self, branch: str) -> None:
+        """Delete a branch on the git host."""
+        self.server.run(f"git -C {self.desk} push -q origin :{branch}", "git")
+
+    def tip(self, branch: str) -> str:
+        """Return the branch's newest commit on the git host, or nothing."""
+        return self.server.out(f"git -C {self.bare} rev-parse -q --verify refs/heads/{branch}"
+                               " || true", "git")
+
+    def deploy_key(self, public: str) -> None:
+        """Accept a public key as GitHub's page does: for this repository, to read."""
+        line = f'restrict,command="git-serve {self.name}" {public.strip()}\n'
+        self.server.run("cat >>/home/git/.ssh/authorized_keys && chown git:"
+                        " /home/git/.ssh/authorized_keys", stdin=line)
+
+    def push(self, hook: GitHub, branch: str, files: dict[str, str]) -> str:
+        """Commit, push, and deliver the webhook; return the commit once it was answered 202."""
+        before = self.tip(branch)
+        after = self.commit(branch, files)
+        accepted(hook.deliver(push(self.name, branch, after, before, files=tuple(files))))
+        return after
+
+    def push_deletion(self, hook: GitHub, branch: str) -> Answer:
+        """Delete a branch and deliver the webhook of that."""
+        before = self.tip(branch)
+        self.delete(branch)
+        return hook.deliver(push(self.name, branch, ZERO, before))
+
+
+def accepted(answer: Answer) -> Answer:
+    """Return the answer if it is 202, else raise FailedError with it."""
+    if answer.status != 202:
+        raise FailedError(f"answered {answer.status} {answer.text!r}, not 202")
+    return answer
+
+
+def blocks() -> dict[str, str]:
+    """Return the README's marked blocks: the text of the fence below `<!-- vps: NAME -->`."""
+    path = REPOSITORY / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    marked = re.compile(r"<!-- vps: ([\w-]+) -->\n+( *)```\w*\n(.*?)\n *```", re.DOTALL)
+    found: dict[str, str] = {}
+    for name, indent, body in marked.findall(text):
+        lines = [line.removeprefix(indent)
+                 for line in body.split("\n")]
+        found[name] = "\n".join(lines) + "\n"
+    return found
+
+
+def block(name: str) -> str:
+    """Return one block of the README; FailedError where it is missing."""
+    found = blocks()
+    if name not in found:
+        raise FailedError(f"README.md has no block marked <!-- vps: {name} -->")
+    return found[name]
+
+
+def expect(true: object, otherwise: str) -> None:
+    """Raise FailedError with what was found instead, unless `true`."""
+    if not true:
+        raise FailedError(otherwise)
