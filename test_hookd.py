@@ -1,0 +1,3233 @@
+#!/usr/bin/env python3
+"""The tests of hookd: `python3 test_hookd.py [Class[.test_name] ...]`.
+
+Nothing is imitated: each test starts its own daemon in its own directory, with a real ini, real
+sockets, real git repositories and a real SQLite file, and asserts what a user, GitHub or systemd
+would see. Pure rules are called directly, as tables. A condition is waited for, never slept for,
+and a condition that does not come true fails with the daemon's log.
+
+The classes stand in the order of hookd.py. They run several at a time, because most of a test
+is waiting; HOOKD_TEST_JOBS=1 runs one after the other, HOOKD_TEST_KEEP=1 keeps the directories.
+"""
+
+import ast
+import dataclasses
+import hashlib
+import hmac
+import json
+import os
+import pty
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import urllib.parse
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+HOOKD = HERE / "hookd.py"
+SECRET = "it's a secret to everybody"
+PATIENCE = 40.0  # seconds after which a condition that has not come true fails its test
+JOBS = int(os.environ.get("HOOKD_TEST_JOBS", "10"))
+NOBODY = 65534
+ZERO = "0" * 40
+
+
+# ---------------------------------------------------------------- What GitHub sends
+
+
+def sha(name):
+    """Return a commit id that looks like one; the same name gives the same id."""
+    return hashlib.sha1(str(name).encode()).hexdigest()
+
+
+def push_of(branch="main", commit=None, repo="octo/site", **fields):
+    """Return the payload of a push of one commit; `fields` replace or add members."""
+    commit = commit or sha("commit")
+    changes = {"id": commit, "added": [], "removed": [], "modified": ["index.html"]}
+    payload = {
+        "ref": f"refs/heads/{branch}", "before": sha("before"), "after": commit,
+        "created": False, "deleted": False, "forced": False,
+        "commits": [changes], "head_commit": {**changes, "message": "Say hello"},
+        "pusher": {"name": "mona"}, "sender": {"login": "mona"},
+        "repository": repository_of(repo, pushed_at=int(time.time()))}
+    payload.update(fields)
+    return payload
+
+
+def deletion_of(branch, **fields):
+    """Return the payload of a push that deletes `branch`."""
+    return push_of(branch, ZERO, deleted=True, head_commit=None, commits=[], **fields)
+
+
+def repository_of(name="octo/site", **fields):
+    owner, _, short = name.partition("/")
+    return {"full_name": name, "name": short, "owner": {"login": owner}, **fields}
+
+
+def workflow_run_of(commit=None, repo="octo/site", run=None, **fields):
+    """Return the payload of a workflow that ended well for a push to main; `run` changes it."""
+    workflow_run = {
+        "event": "push", "status": "completed", "conclusion": "success", "name": "CI",
+        "head_branch": "main", "head_sha": commit or sha("commit"),
+        "head_repository": repository_of(repo), "head_commit": {"id": commit or sha("commit")}}
+    workflow_run.update(run or {})
+    return {"action": "completed", "workflow_run": workflow_run, "sender": {"login": "mona"},
+            "repository": repository_of(repo), **fields}
+
+
+def release_of(tag="v1.0", repo="octo/site", **fields):
+    release = {"tag_name": tag, "target_commitish": "main", "draft": False, "prerelease": False}
+    return {"action": "published", "release": release, "sender": {"login": "mona"},
+            "repository": repository_of(repo), **fields}
+
+
+def sign(body, secret=SECRET):
+    """Return GitHub's signature header for a body of bytes."""
+    return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+
+
+def request(body=b"", secret=SECRET, method="POST", path="/", version="HTTP/1.1", **headers):
+    """Return the bytes of a delivery; a header given as None is left out.
+
+    Headers are spelled as keywords: X_GitHub_Event="ping".
+    """
+    if isinstance(body, dict):
+        body = json.dumps(body).encode()
+    fields = {
+        "Host": "hookd.test", "User-Agent": "GitHub-Hookshot/044aadd",
+        "Content-Type": "application/json", "Content-Length": len(body),
+        "X-GitHub-Event": "push", "X-GitHub-Delivery": uuid.uuid4(),
+        "X-Hub-Signature-256": sign(body, secret)}
+    fields.update((name.replace("_", "-"), value) for name, value in headers.items())
+    lines = [f"{name}: {value}\r\n" for name, value in fields.items() if value is not None]
+    return f"{method} {path} {version}\r\n{''.join(lines)}\r\n".encode("latin-1") + body
+
+
+def form(payload, secret=SECRET, **headers):
+    """Return the bytes of a delivery whose content type is GitHub's form."""
+    body = urllib.parse.urlencode({"payload": json.dumps(payload)}).encode()
+    headers.setdefault("Content_Type", "application/x-www-form-urlencoded")
+    return request(body, secret, **headers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came back for one request; status 0 is a connection closed without an answer."""
+
+    status: int
+    text: str = ""
+    headers: dict = dataclasses.field(default_factory=dict)
+
+
+def read_answer(stream):
+    """Read one answer from the file of a socket, and no byte more."""
+    try:
+        start = stream.readline().split(None, 2)
+        if len(start) < 2:
+            return Answer(0)
+        headers = {}
+        for line in iter(stream.readline, b"\r\n"):
+            name, _, value = line.decode("latin-1").partition(":")
+            headers[name.strip().lower()] = value.strip()
+        body = stream.read(int(headers.get("content-length", "0")))
+        return Answer(int(start[1]), body.decode(), headers)
+    except (ConnectionError, ssl.SSLEOFError):
+        return Answer(0)
+
+
+# ---------------------------------------------------------------- What an ini says
+
+PYTHON = shlex.quote(sys.executable)
+NOTE = 'echo "$HOOKD_COMMIT" >> "$HOME/seen"'  # a command: leave word of the commit
+GATE = 'until [ -e "$HOME/gate" ]; do sleep 0.05; done'  # a command: until the test opens it
+BRIEFLY = "sleep 0.3"
+DETACHED = PYTHON + " -c 'import os; os.setsid(); os.execvp(\"sleep\", [\"sleep\", \"300\"])'"
+
+
+def section(name, keys=(), **more):
+    """Return a section of an ini; values of several lines are indented as configparser wants."""
+    keys = {**dict(keys), **more}
+    lines = [f"{key} = " + str(value).strip().replace("\n", "\n    ")
+             for key, value in keys.items()]
+    return "\n".join([f"[{name}]", *lines, ""])
+
+
+def hook(command, branch="main", repo="octo/site", **keys):
+    """Return the section of a hook with a command."""
+    return section(f"{repo} {branch}", command=command, **keys)
+
+
+def alone(command, key="$HOOKD_SLUG"):
+    """Return `command` between two acts that note any other run of the same key beside it."""
+    return f"""\
+for other in "$HOME"/alive."{key}".*; do
+    if grep -q . "/proc/${{other##*.}}/cmdline" 2>/dev/null; then
+        echo "$$ beside $other" >> "$HOME/overlaps"
+    fi
+done
+: > "$HOME/alive.{key}.$$"
+{command}
+rm "$HOME/alive.{key}.$$"
+"""
+
+
+# ---------------------------------------------------------------- The daemon under test
+
+
+def wait_for(condition, what, told=str):
+    """Return the first true value of `condition()`; after PATIENCE fail with `told()`."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {PATIENCE:.0f} s in vain for {what}\n{told()}")
+        time.sleep(0.02)
+
+
+def alive(pid):
+    """Say whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a command ended: exit status, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Daemon:
+    """One hookd with what is its own: directory, ini, process, address, log, state.
+
+    `home` is the HOME of the daemon and so of its commands, which leave their traces there.
+    """
+
+    def __init__(self, home, ini, variables=None):
+        self.home = home
+        self.state = home / "state"
+        self.ini = home / "hookd.ini"
+        self.ini.write_text(ini)
+        self.logfile = home / "daemon.log"
+        self.logfile.touch()
+        self.process = None
+        self.address = None
+        self.environment = {**clean_environment(), "HOME": str(home), **(variables or {})}
+
+    def start(self, sockets=(), names="", **more):
+        """Start hookd as systemd would, with `sockets` passed, and wait until it answers."""
+        known = len(self.log)
+        self.process = self.spawn([sys.executable, str(HOOKD), "-c", str(self.ini)],
+                                  sockets, names, **more)
+        self.wait(lambda: self.process.poll() is not None or "listening on " in self.log[known:],
+                  "the daemon to listen")
+        if self.process.poll() is not None:
+            raise AssertionError(f"hookd ended with {self.process.poll()}\n{self.log}")
+        self.address = re.search(r"listening on (\S+)", self.log[known:]).group(1)
+        return self
+
+    def spawn(self, command, sockets=(), names="", **more):
+        """Start a process in the daemon's environment, its output at the end of the log."""
+        environment = self.environment
+        if sockets:
+            numbers = [str(one.fileno()) for one in sockets]
+            command = [sys.executable, "-c", PASS_SOCKETS, ",".join(numbers), names, *command]
+            more["pass_fds"] = [one.fileno() for one in sockets]
+        with open(self.logfile, "ab") as log:
+            return subprocess.Popen(command, env=environment, cwd=self.home, stdout=log,
+                                    stdin=subprocess.DEVNULL, stderr=log, **more)
+
+    def tell(self, number):
+        self.process.send_signal(number)
+
+    def kill(self):
+        """End the daemon as a power cut would."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, number=signal.SIGTERM):
+        """Ask the daemon to end; return its exit status."""
+        self.tell(number)
+        return self.ended()
+
+    def ended(self):
+        """Wait until the daemon has ended; return its exit status."""
+        return self.wait(lambda: self.process.poll() is not None and [self.process.poll()],
+                         "the daemon to end")[0]
+
+    def reload(self, ini):
+        self.ini.write_text(ini)
+        self.tell(signal.SIGHUP)
+
+    def sweep(self):
+        """End the daemon and whatever it started, and leave nothing of it running."""
+        if self.process and self.process.poll() is None:
+            self.kill()
+        self.wait(self.kill_descendants, "what it started to end")
+
+    def kill_descendants(self):
+        """Kill what has this daemon's HOME; say whether nothing was left to kill."""
+        left = self.descendants()
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not left
+
+    def descendants(self):
+        """Return the ids of the processes that have this daemon's HOME."""
+        mark, found = b"HOME=" + os.fsencode(self.home), []
+        for entry in os.scandir("/proc"):
+            with suppress(OSError, ValueError):
+                variables = Path(entry.path, "environ").read_bytes().split(b"\0")
+                if mark in variables and alive(int(entry.name)):
+                    found.append(int(entry.name))
+        return found
+
+    # What it tells
+
+    @property
+    def log(self):
+        return self.logfile.read_text(errors="replace")
+
+    def wait(self, condition, what):
+        return wait_for(condition, what, lambda: self.log[-6000:])
+
+    def wait_for_log(self, pattern, since=0):
+        return self.wait(lambda: re.search(pattern, self.log[since:]), f"{pattern!r} in the log")
+
+    def read(self, name):
+        """Return the text of a file in the daemon's home, empty where there is none."""
+        path = self.home / name
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def wait_for(self, name):
+        """Wait until a file in the daemon's home has text; return it."""
+        return self.wait(lambda: self.read(name), f"text in {name}")
+
+    def seen(self):
+        """Return what commands noted with NOTE, in order."""
+        return self.read("seen").split()
+
+    def states(self):
+        """Return the state of each run that the history has."""
+        with closing(sqlite3.connect(self.state / "hookd.db")) as store:
+            return dict(store.execute("SELECT id, state FROM runs ORDER BY id"))
+
+    def open_gate(self):
+        (self.home / "gate").touch()
+
+    def output(self, run):
+        return self.read(f"state/runs/{run}/output.log")
+
+    # What one sends to it
+
+    def connect(self):
+        """Return a connection to the daemon."""
+        if self.address.startswith("unix:"):
+            one = socket.socket(socket.AF_UNIX)
+            one.settimeout(PATIENCE)
+            one.connect(self.address[len("unix:"):])
+            return one
+        host, _, port = self.address.rpartition(":")
+        return socket.create_connection((host.strip("[]"), int(port)), PATIENCE)
+
+    def exchange(self, raw, half_close=False):
+        """Send bytes on a connection of their own; return the answer."""
+        with closing(self.connect()) as one, one.makefile("rb") as stream:
+            with suppress(ConnectionError):  # an answer may come before the last byte is taken
+                one.sendall(raw)
+                if half_close:
+                    one.shutdown(socket.SHUT_WR)
+            return read_answer(stream)
+
+    def post(self, body, **more):
+        """Send a signed delivery; return the answer."""
+        return self.exchange(request(body, **more))
+
+    def push(self, branch="main", commit=None, **fields):
+        """Send a signed push; return the answer."""
+        return self.post(push_of(branch, commit, **fields))
+
+    # What its command line says
+
+    def hookd(self, *arguments, **more):
+        """Run a verb of hookd on the same ini; return how it ended."""
+        command = [sys.executable, str(HOOKD), "-c", str(self.ini), *arguments]
+        done = subprocess.run(command, env=self.environment, cwd=self.home, timeout=PATIENCE * 2,
+                              stdin=subprocess.DEVNULL, capture_output=True, check=False, **more)
+        return Ended(done.returncode, done.stdout.decode(errors="replace"),
+                     done.stderr.decode(errors="replace"))
+
+    def targets(self):
+        """Return `status --json` as {(repo, branch): entry}."""
+        told = self.hookd("status", "--json")
+        try:
+            return {(one["repo"], one["branch"]): one for one in json.loads(told.out)}
+        except ValueError:
+            raise AssertionError(f"status --json printed {told}\n{self.log[-6000:]}") from None
+
+    def wait_for_run(self, number, branch="main"):
+        """Wait until a run of a branch of octo/site is running."""
+        self.wait(lambda: self.targets().get(("octo/site", branch), {}).get("running") == number,
+                  f"run {number}")
+
+    def settle(self):
+        """Wait until nothing runs or waits; return the targets."""
+        looked = [-1, 0.0]
+
+        def quiet():
+            size, now = self.logfile.stat().st_size, time.monotonic()
+            if size == looked[0] and now < looked[1] + 1:
+                return None  # nothing was logged, so nothing has changed: do not ask yet
+            looked[:] = size, now
+            found = self.targets()
+            busy = [one for one in found.values() if one["running"] or one["waiting"]]
+            return None if busy else [found]
+
+        return self.wait(quiet, "every run to end")[0]
+
+    def settled(self, branch="main", repo="octo/site"):
+        """Wait until nothing runs or waits; return the entry of one target."""
+        return self.settle()[repo, branch]
+
+
+PASS_SOCKETS = """
+import os, sys
+for number, source in enumerate(sys.argv[1].split(","), 3):
+    os.dup2(int(source), number)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(number - 2),
+                  LISTEN_FDNAMES=sys.argv[2])
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+def clean_environment():
+    """Return this process's environment without what is systemd's, git's or hookd's."""
+    return {name: value for name, value in os.environ.items()
+            if name not in ("NOTIFY_SOCKET", "INVOCATION_ID", "JOURNAL_STREAM", "XDG_STATE_HOME")
+            and not name.endswith("_DIRECTORY")
+            and not name.startswith(("GIT_", "HOOKD_", "LISTEN_", "WATCHDOG_"))}
+
+
+class Repository:
+    """A real git repository to deploy from."""
+
+    def __init__(self, path):
+        self.path = path
+        self.git("init", "-q", str(path))
+        self.git("symbolic-ref", "HEAD", "refs/heads/main")
+
+    def git(self, *arguments):
+        """Run git in the repository; return what it printed."""
+        identity = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        for who in ("AUTHOR", "COMMITTER"):
+            identity.update({f"GIT_{who}_NAME": "Mona", f"GIT_{who}_EMAIL": "mona@example.com"})
+        where = [] if arguments[0] == "init" else ["-C", str(self.path)]
+        done = subprocess.run(["git", *where, *arguments], env={**clean_environment(), **identity},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            raise AssertionError(f"git {arguments}: {done.stdout.decode()}")
+        return done.stdout.decode().strip()
+
+    def commit(self, branch="main", **files):
+        """Commit files, named by keyword (index="text"), to a branch; return the commit's id."""
+        known = self.git("branch", "--list", branch)
+        if known:
+            self.git("checkout", "-q", branch)
+        elif self.git("rev-list", "-n1", "--all"):
+            self.git("checkout", "-q", "-b", branch)
+        for name, text in files.items():
+            (self.path / name).write_text(text)
+        self.git("add", "-A")
+        self.git("commit", "-q", "--allow-empty", "-m", "A change")
+        return self.git("rev-parse", "HEAD")
+
+
+class Systemd:
+    """The socket on which systemd hears what a service of Type=notify says."""
+
+    def __init__(self, home):
+        self.heard = []
+        self.sockets = []
+        self.path = str(home / "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.path)
+        self.socket.setblocking(False)
+
+    def listen(self):
+        """Take in what has been said; return all of it."""
+        with suppress(BlockingIOError):
+            while True:
+                data, numbers, _, _ = socket.recv_fds(self.socket, 4096, 8)
+                self.heard.append(data.decode())
+                self.sockets += [socket.socket(fileno=one) for one in numbers]
+        return self.heard
+
+    def count(self, word):
+        return sum(word in one for one in self.listen())
+
+    def close(self):
+        for one in [self.socket, *self.sockets]:
+            one.close()
+
+
+class Case(unittest.TestCase):
+    """A test with a directory of its own and, as a rule, one daemon."""
+
+    def setUp(self):
+        self.home = Path(tempfile.mkdtemp(prefix="hookd-test-"))
+        self.daemons = []
+        if not os.environ.get("HOOKD_TEST_KEEP"):
+            self.addCleanup(shutil.rmtree, self.home, ignore_errors=True)
+
+    def ini(self, *sections, **keys):
+        """Return the text of an ini: `keys` of [hookd] over what every test needs, sections."""
+        head = {"listen": "127.0.0.1:0", "state": self.home / "state", "log": "stderr",
+                "secret": SECRET, **keys}
+        return "\n".join([section("hookd", **without_none(head)), *sections])
+
+    def prepare(self, *sections, variables=None, **keys):
+        """Return a daemon that is not started."""
+        daemon = Daemon(self.home, self.ini(*sections, **keys), variables)
+        self.daemons.append(daemon)
+        self.addCleanup(self.assert_no_bug, daemon)
+        self.addCleanup(daemon.sweep)
+        return daemon
+
+    def serve(self, *sections, **more):
+        """Return a daemon that answers."""
+        return self.prepare(*sections, **more).start()
+
+    def repository(self, name="origin"):
+        return Repository(self.home / name)
+
+    def assert_no_bug(self, daemon):
+        self.assertNotIn("Traceback", daemon.log)
+
+    def assert_answer(self, answer, status, text=""):
+        """Check an answer's status, one or several, and that its text holds `text`."""
+        self.assertIn(answer.status, status if isinstance(status, tuple) else (status,),
+                      answer.text)
+        self.assertIn(text, answer.text)
+
+    def assert_never_overlapped(self, daemon):
+        self.assertEqual(daemon.read("overlaps"), "")
+
+    def _formatMessage(self, msg, standardMsg):  # noqa: N802, N803 (unittest's own names)
+        """Put the daemon's last words beside each assertion that fails."""
+        told = "".join(f"\n--- the daemon's log\n{one.log[-4000:]}" for one in self.daemons[:1])
+        return super()._formatMessage(msg, standardMsg) + told
+
+
+def without_none(keys):
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+# ---------------------------------------------------------------- Configuration
+
+
+class Configuration(Case):
+    """The ini: its grammar, its lookup, and how its faults are told."""
+
+    FAULTS = (  # section, key, value, and what the complaint must hold beside them
+        ("hookd", "job", "2", "jobs"),
+        ("hookd", "listen", "nowhere", "127.0.0.1:9000"),
+        ("hookd", "path", "hook", "/"),
+        ("hookd", "keep", "many", "'many'"),
+        ("hookd", "jobs", "0", "'0'"),
+        ("hookd", "max_body", "25X", "25M"),
+        ("hookd", "quiet", "maybe", "yes no"),
+        ("hookd", "log", "file", "syslog stderr"),
+        ("hookd", "allow_from", "10.0.0.0/40", "10.0.0.0/40"),
+        ("hookd", "tls_cert", "/nowhere/cert.pem", "tls_key"),
+        ("octo/site", "comand", "true", "command"),
+        ("octo/site a", "timeout", "soon", "15m"),
+        ("octo/site b", "queue", "latest", "newest every replace"),
+        ("octo/site c", "event", "pull", "push workflow_run release"),
+        ("octo/site d", "environment", "NOVALUE", "NAME=value"),
+        ("octo/site e", "catch_up", "sometimes", "1h"),
+        ("octo/site f", "directory", "/srv/{banana}", "{banana} {slug}"),
+        ("octo/site g", "listen", "127.0.0.1:9001", "[hookd]"),
+        ("octo/site h", "deploy_key", "/nowhere/key", "git"),
+    )
+
+    STRUCTURE = (  # an ini that configparser refuses, or that is not hookd's
+        ("a section twice", "[o/r main]\ncommand = a\n[o/r main]\ncommand = b\n", "[o/r main]"),
+        ("a key twice", "[o/r main]\ncommand = a\ncommand = b\n", "[o/r main] command"),
+        ("a [DEFAULT] section", "[DEFAULT]\ntimeout = 5m\n", "[DEFAULT]"),
+        ("a line before any section", "command = a\n", "line 1"),
+        ("a line that is no setting", "[o/r main]\ncommand\n", "line 2"),
+        ("bytes that are no text", "[o/r main]\ncommand = \udcff\udcfe\n", "UTF-8"),
+        ("a hook without a repository", "[octo main]\ncommand = a\n", "[octo main]"),
+        ("a hook of three words", "[o/r main dev]\ncommand = a\n", "[o/r main dev]"),
+        ("a hook that does nothing", "[o/r main]\ntimeout = 5m\n", "[o/r main] command"),
+        ("a section that no hook uses", "[o/r]\ncommand = a\n", "[o/r]"),
+    )
+
+    def complaints(self, text):
+        """Return what `check` says of an ini, and insist on its exit status."""
+        daemon = self.prepare()
+        daemon.ini.write_bytes(text.encode(errors="surrogateescape"))
+        told = daemon.hookd("check")
+        self.assertEqual(told.code, 78, told)
+        return told.out + told.err
+
+    def test_a_good_ini_is_told_as_a_table_of_its_hooks(self):
+        told = self.prepare(hook("true"), hook("true", "staging")).hookd("check")
+        self.assertEqual(told.code, 0, told)
+        for word in ("octo/site", "main", "staging"):
+            self.assertIn(word, told.out)
+
+    def test_all_faults_are_told_at_once_each_with_its_place_and_remedy(self):
+        sections = {}
+        for name, key, value, _ in self.FAULTS:
+            keys = {} if name == "hookd" else {"command": "true"}
+            sections.setdefault(name, keys)[key] = value
+        told = self.complaints("\n".join(section(*one) for one in sections.items()))
+        for name, key, _, remedy in self.FAULTS:
+            with self.subTest(section=name, key=key):
+                place = [line for line in told.splitlines() if f"hookd.ini: [{name}] {key}" in line]
+                self.assertTrue(place, told)
+                for word in remedy.split():
+                    self.assertIn(word, place[0].partition(key)[2])
+
+    def test_an_unknown_setting_is_told_with_the_nearest_known_one(self):
+        told = self.complaints("[octo/site main]\ncommand = true\ntimout = 5m\n")
+        self.assertRegex(told, r"hookd\.ini: \[octo/site main\] timout: .*did you mean timeout\?")
+
+    def test_an_ini_that_is_no_ini_is_refused_with_its_line(self):
+        for name, text, word in self.STRUCTURE:
+            with self.subTest(name):
+                told = self.complaints(text)
+                self.assertIn(word, told)
+                self.assertNotIn("Traceback", told)
+
+    def test_a_missing_ini_is_told_with_its_name(self):
+        daemon = self.prepare()
+        daemon.ini.unlink()
+        for verb in ("check", "serve", "status"):
+            with self.subTest(verb):
+                told = daemon.hookd(verb)
+                self.assertEqual(told.code, 78, told)
+                self.assertIn("hookd.ini", told.err)
+
+    def test_serve_does_not_start_with_a_faulty_ini(self):
+        daemon = self.prepare(hook("true", timeout="soon"), hook("true", "dev", queue="latest"))
+        told = daemon.hookd("serve")
+        self.assertEqual(told.code, 78, told)
+        self.assertRegex(told.err, r"(?s)\[octo/site main\] timeout.*\[octo/site dev\] queue")
+
+    def test_a_secret_is_never_told(self):
+        for keys in ({"secret": "hunter2\nhunter2"}, {"secret": "hunter2", "secrets": "hunter2"},
+                     {"secret": "hunter2", "path": "hunter"}, {"secret": "hunter2"}):
+            with self.subTest(**keys):
+                daemon = self.prepare(hook("true"), **keys)
+                told = daemon.hookd("check")
+                self.assertNotIn("hunter2", told.out + told.err)
+
+    def test_an_empty_secret_is_no_secret(self):
+        (self.home / "empty").write_text("\n")
+        for keys in ({"secret": ""}, {"secret": None, "secret_file": self.home / "empty"}):
+            with self.subTest(**keys):
+                told = self.prepare(hook("true"), **keys).hookd("serve")
+                self.assertEqual(told.code, 78, told)
+                self.assertIn("secret", told.err)
+
+    def test_percent_hash_and_semicolon_belong_to_the_command(self):
+        daemon = self.serve(hook("printf '%s\\n' '50% # of ; all' > \"$HOME/said\" # a comment"))
+        daemon.push()
+        self.assertEqual(daemon.wait_for("said"), "50% # of ; all\n")
+
+    def test_a_command_has_as_many_lines_as_are_indented(self):
+        daemon = self.serve(hook("one=1\nif true; then\n    two=2\nfi\n\n"
+                                 'echo "$one$two" > "$HOME/said"'))
+        daemon.push()
+        self.assertEqual(daemon.wait_for("said"), "12\n")
+
+    def test_a_setting_is_looked_up_in_the_hook_then_the_repository_then_the_daemon(self):
+        say = 'echo "$LEVEL" >> "$HOME/said"'
+        daemon = self.serve(
+            section("octo/site", environment="LEVEL=repository"),
+            hook(say, "main", environment="LEVEL=hook"), hook(say, "dev"),
+            hook(say, "main", repo="octo/other"), environment="LEVEL=daemon",
+            queue="every", jobs=1)
+        for branch, repo in (("main", "octo/site"), ("dev", "octo/site"), ("main", "octo/other")):
+            self.assert_answer(daemon.push(branch, repo=repo), 202)
+        daemon.settle()
+        self.assertEqual(daemon.read("said").split(), ["hook", "repository", "daemon"])
+
+    def test_the_first_hook_that_matches_is_the_one_that_runs(self):
+        daemon = self.serve(*(hook(f'echo {name} >> "$HOME/said"', pattern, repo) for
+                              name, pattern, repo in (
+                                  ("main", "main", "octo/site"), ("wip", "wip/*", "Octo/Site"),
+                                  ("version", "v[0-9]", "octo/site"), ("rest", "*", "octo/site"),
+                                  ("never", "dev", "octo/site"), ("owner", "main", "octo/*"))),
+                            jobs=1)
+        table = (("octo/site", "main", "main"), ("OCTO/SITE", "main", "main"),
+                 ("octo/site", "wip/deep/er", "wip"), ("octo/site", "v7", "version"),
+                 ("octo/site", "dev", "rest"), ("octo/site", "a/b", "rest"),
+                 ("octo/other", "main", "owner"))
+        for repo, branch, _ in table:
+            self.assert_answer(daemon.push(branch, repo=repo), 202)
+            daemon.settle()
+        self.assertEqual(daemon.read("said").split(), [name for _, _, name in table])
+        self.assert_answer(daemon.push("dev", repo="octo/other"), 200, "no hook for octo/other dev")
+
+    def test_a_pattern_is_matched_with_case_and_in_whole(self):
+        daemon = self.serve(hook("true", "main"))
+        for branch in ("Main", "mainline", "amain", "main/x"):
+            with self.subTest(branch):
+                self.assert_answer(daemon.push(branch), 200, "ignored: no hook")
+
+    def test_only_a_pattern_that_begins_with_refs_meets_tags(self):
+        daemon = self.serve(hook(NOTE, "*"), hook(NOTE, "refs/tags/v*"),
+                            hook(NOTE, "refs/heads/never", "octo/other"))
+        table = (("refs/tags/v1", "octo/site", 202), ("refs/tags/x1", "octo/site", 200),
+                 ("refs/heads/v1", "octo/site", 202), ("refs/heads/never", "octo/other", 202),
+                 ("refs/tags/never", "octo/other", 200))
+        for ref, repo, status in table:
+            with self.subTest(ref):
+                self.assert_answer(daemon.push(ref=ref, repo=repo), status)
+
+    def test_the_state_is_where_the_contract_says(self):
+        xdg, systemd = self.home / "xdg", self.home / "systemd"
+        systemd.mkdir()
+        table = [({"STATE_DIRECTORY": str(systemd), "XDG_STATE_HOME": str(xdg)}, systemd)]
+        if not Path("/var/lib/hookd").exists():
+            table += [({"XDG_STATE_HOME": str(xdg)}, xdg / "hookd"),
+                      ({}, self.home / ".local/state/hookd")]
+        for variables, place in table:
+            with self.subTest(place=place):
+                daemon = self.prepare(hook("true"), variables=variables, state=None,
+                                      secret=None)
+                self.assertEqual(daemon.hookd("secret").code, 0)
+                self.assertTrue((place / "secret").exists())
+                self.assertEqual(stat.S_IMODE(place.stat().st_mode) & 0o077, 0)
+
+    def test_state_and_secret_are_readable_by_nobody_else(self):
+        daemon = self.serve(hook("true"), secret=None)
+        self.assertEqual(stat.S_IMODE(daemon.state.stat().st_mode), 0o700)
+        self.assertEqual(stat.S_IMODE((daemon.state / "secret").stat().st_mode), 0o600)
+
+    def test_a_relative_secret_file_is_a_credential_of_systemd(self):
+        (self.home / "credentials").mkdir()
+        (self.home / "credentials" / "github").write_text("from a credential\n")
+        daemon = self.serve(hook("true"), secret=None, secret_file="github",
+                            variables={"CREDENTIALS_DIRECTORY": str(self.home / "credentials")})
+        self.assert_answer(daemon.post(push_of(), secret="from a credential"), 202)
+        self.assert_answer(daemon.push(), 403)
+
+    def test_a_secret_file_may_hold_two_secrets(self):
+        (self.home / "secrets").write_text("the old one\nthe new one\n")
+        daemon = self.serve(hook("true"), secret=None, secret_file=self.home / "secrets")
+        for secret, status in (("the old one", 202), ("the new one", 202), ("", 403),
+                               ("the old one\nthe new one", 403), ("the old one\n", 403)):
+            with self.subTest(secret=secret):
+                self.assert_answer(daemon.post(push_of(), secret=secret), status)
+
+    def test_a_key_of_the_daemon_alone_is_refused_in_a_hook(self):
+        for key in ("listen", "path", "state", "jobs", "keep", "max_body", "log", "tls_cert",
+                    "tls_key", "quiet", "allow_from"):
+            with self.subTest(key):
+                told = self.prepare(hook("true", **{key: "1"})).hookd("check")
+                self.assertEqual(told.code, 78)
+                self.assertRegex(told.err + told.out, rf"\[octo/site main\] {key}: .*\[hookd\]")
+
+
+# ---------------------------------------------------------------- Judgement
+
+VECTORS = (  # from octokit's, gidgethub's and GitHub's own tests: secret, body, signature
+    ("mysecret", '{"foo":"bar"}',
+     "sha256=4864d2759938a15468b5df9ade20bf161da9b4f737ea61794142f3484236bda3"),
+    ("development", '{"foo":"Foo\\n\\u001B[34mbar: ♥♥♥♥♥♥♥♥\\nthis-is-lost\\u001B[0m\\u001B[2K"}',
+     "sha256=afecc3caa27548bb90d51a50384cb2868b9a3327b4ad6a01c9bd4ed0f8b0b12c"),
+    ("development", '{"foo":"\\\\u001b"}',
+     "sha256=6f8326efbacfbd04e870cea25b5652e635be8c9807f2fd5348ef60753c9e96ed"),
+    ("secret", "data",
+     "sha256=1b2c16b75bd2a870c114153ccda5bcfca63314bc722fa160d690de133ccbb9db"),
+    ("123456", "gidget",
+     "sha256=091319196718d5bcb1c20ad25fc890597423ecdbad1f947f560afd643b5000de"),
+    ("It's a Secret to Everybody", "Hello, World!",
+     "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"),
+)
+
+DIGEST = "b207d041ea2c868d2f0a04f9476df323457b51444dc832111123f3f753cffda5"
+SIGNED = b'{"ref":"refs/heads/main"}'  # what DIGEST is of, under test-secret
+FALSE_SIGNATURES = {
+    "bare": DIGEST, "upper prefix": "SHA256=" + DIGEST, "mixed prefix": "Sha256=" + DIGEST,
+    "empty": "", "prefix only": "sha256=", "no equals sign": "sha256" + DIGEST,
+    "colon": "sha256:" + DIGEST, "prefix twice": "sha256=sha256=" + DIGEST,
+    "63 digits": "sha256=" + DIGEST[:63], "32 digits": "sha256=" + DIGEST[:32],
+    "65 digits": "sha256=" + DIGEST + "0", "last digit off": "sha256=" + DIGEST[:63] + "0",
+    "first digit off": "sha256=0" + DIGEST[1:], "space inside": "sha256= " + DIGEST,
+    "space between": f"sha256={DIGEST[:35]} {DIGEST[35:]}",
+    "pairs": "sha256=" + ":".join(DIGEST[i:i + 2] for i in range(0, 64, 2)),
+    "quoted": f'"sha256={DIGEST}"', "sha1": "sha1=7e06435bcf391795fb7449979ecebf9969e95710",
+    "sha1 prefix": "sha1=" + DIGEST, "sha512 prefix": "sha512=" + DIGEST * 2,
+    "short sha1": "sha256=7e06435bcf391795fb7449979ecebf9969e95710",
+    "list, bad first": f"sha256={'0' * 64},sha256={DIGEST}",
+    "list, good first": f"sha256={DIGEST},sha256={'0' * 64}",
+    "not ASCII": "sha256=" + "é" * 64, "non-breaking space": f"sha256=\xa0{DIGEST}",
+    "zeros": "sha256=" + "0" * 64, "not hexadecimal": "sha256=" + "z" * 64, "a word": "foo",
+    "base64": "sha256=sgfQQeosho0vCgT5R23zI0V7UURNyDIRESPz91PP/aU=",
+    "junk around": f"sha256=!{DIGEST}!", "encoded": "sha256%3D" + DIGEST,
+    "of an empty secret":
+        "sha256=70f408f0cf4971860f1ae76a84a59fed54c23b666a5c1069573bd17b46168283",
+    "of no secret":
+        "sha256=090ba1b9ca860d37bb4ca7492549a8a347caac3490f763399e6498622c9b47f9",
+    "secret put before":
+        "sha256=eab13a05aba70b041ebcb5b44a0877920f3db745fdd6483e1e4fe7f9a6ed0c0e",
+    "secret with newline":
+        "sha256=a3643e18104910f39ee02e9d11fe0f5ddad2cab11909b850827c63fb18af610b",
+    "body with newline":
+        "sha256=849ffef3abf714f929049f26d0f837aa3bf5d861ecca057a452d947f81478061",
+    "the secret": "test-secret",
+}
+
+NO_JSON = {
+    "nothing": b"", "a word": b"push", "half": b'{"ref":', "a list": b"[]", "null": b"null",
+    "a number": b"1", "text": b'"refs/heads/main"', "latin-1": b'{"ref":"\xe9"}',
+    "deep": b"[" * 100_000, "deep and closed": b"[" * 50_000 + b"]" * 50_000,
+    "deep objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "5,000 digits": b'{"id":' + b"9" * 5_000 + b"}",
+    "UTF-16": json.dumps(push_of()).encode("utf-16"),
+    "UTF-32": json.dumps(push_of()).encode("utf-32"),
+    "two objects": b"{}{}", "NUL": b"\0", "a comma too many": b'{"a":1,}'}
+
+LEGAL = ("`id`", "$(id)", "a;b", "-rf", "x';id;'", 'x"y', "a&b|c", "a>b", "#1", "100%",
+         "%s%n", "feature/über", "a/-b/--c", "日本", "{repo}", "$HOME", "v1.0", "a=b", "@x",
+         "refs/heads/main")
+
+ILLEGAL = ("refs/heads/", "refs/heads/../../../evil", "refs/heads/a..b", "refs/heads/a b",
+           "refs/heads/a\nb", "refs/heads/a\0b", "refs/heads/a\x1b[31m", "refs/heads/a~1",
+           "refs/heads/a^", "refs/heads/a:b", "refs/heads/a?", "refs/heads/a*",
+           "refs/heads/a[", "refs/heads/a\\b", "refs/heads//a", "refs/heads/a/",
+           "refs/heads/.a", "refs/heads/a.lock", "refs/heads/a.", "refs/heads/a@{1}",
+           "main", "HEAD", "", "refs", "/refs/heads/main", "refs/heads/main\n")
+
+PATHS = (  # what the push says of itself, and whether a hook for docs/* and *.md runs
+    ("a file that matches", {"modified": ["docs/a.txt"]}, 202),
+    ("one deep below", {"added": ["docs/x/y/z.txt"]}, 202),
+    ("a removed one", {"removed": ["README.md"]}, 202),
+    ("one of several", {"added": ["src/a.c"], "modified": ["docs/a"]}, 202),
+    ("none that matches", {"modified": ["src/a.c", "docs.txt"]}, 200),
+)
+
+
+class Judgement(Case):
+    """What a delivery means: its signature, its shape, its hook."""
+
+    def test_known_signatures_are_accepted(self):
+        secrets = "\n".join(dict.fromkeys(secret for secret, _, _ in VECTORS))
+        daemon = self.serve(hook("true"), secret=secrets)
+        for _, body, signature in VECTORS:
+            with self.subTest(body):
+                data = body.encode()
+                answer = daemon.post(data, X_Hub_Signature_256=signature)
+                self.assert_answer(answer, (200, 400))  # signed; not a push
+                answer = daemon.post(data + b" ", X_Hub_Signature_256=signature)
+                self.assert_answer(answer, 403, "signature does not match")
+
+    def test_anything_but_the_signature_is_refused(self):
+        daemon = self.serve(hook("true"), secret="test-secret")
+        good = daemon.post(SIGNED, X_Hub_Signature_256="sha256=" + DIGEST)
+        self.assertNotEqual(good.status, 403, "the true signature is refused too")
+        for name, value in FALSE_SIGNATURES.items():
+            with self.subTest(name):
+                answer = daemon.post(SIGNED, X_Hub_Signature_256=value)
+                self.assert_answer(answer, 403, "signature")
+                self.assertNotIn(DIGEST, answer.text)
+        self.assertNotIn(DIGEST, daemon.log)
+
+    def test_without_a_signature_nothing_is_accepted(self):
+        daemon = self.serve(hook("true"))
+        for headers in ({}, {"X_Hub_Signature": "sha1=" + hmac.new(
+                SECRET.encode(), b"{}", hashlib.sha1).hexdigest()}):
+            with self.subTest(**headers):
+                answer = daemon.post(b"{}", X_Hub_Signature_256=None, **headers)
+                self.assert_answer(answer, 403, "signature missing")
+
+    def test_each_of_two_secrets_is_accepted_while_one_is_replaced(self):
+        daemon = self.serve(hook("true"), secret="old\nnew")
+        for secret, status in (("old", 202), ("new", 202), ("older", 403), ("old\nnew", 403)):
+            with self.subTest(secret):
+                self.assert_answer(daemon.post(push_of(), secret=secret), status)
+
+    def test_a_secret_speaks_only_for_its_own_repository(self):
+        daemon = self.serve(hook("true", secret="of the site"),
+                            section("octo/shop", secret="of the shop"),
+                            hook("true", repo="octo/shop"), secret="of the rest")
+        table = (("of the site", "octo/site", 202), ("of the shop", "octo/shop", 202),
+                 ("of the rest", "octo/none", 200), ("of the shop", "octo/site", 403),
+                 ("of the site", "octo/shop", 403), ("of the rest", "octo/site", 403))
+        for secret, repo, status in table:
+            with self.subTest(secret=secret, repo=repo):
+                answer = daemon.post(push_of(repo=repo), secret=secret)
+                words = {403: "the secret is another repository's"}.get(status, "")
+                self.assert_answer(answer, status, words)
+
+    def test_ping_is_answered_with_the_hooks_of_the_repository(self):
+        daemon = self.serve(hook("true"), hook("true", "staging"))
+        ping = {"zen": "Keep it logically awesome.", "hook_id": 1, "hook": {"events": ["push"]}}
+        answer = daemon.post({**ping, "repository": repository_of()}, X_GitHub_Event="ping")
+        self.assert_answer(answer, 200, "pong: octo/site has hooks for main, staging")
+        answer = daemon.post({**ping, "organization": {"login": "octo"}}, X_GitHub_Event="ping")
+        self.assert_answer(answer, 200, "pong")
+        answer = daemon.post({**ping, "repository": repository_of("octo/none")},
+                             X_GitHub_Event="ping")
+        self.assert_answer(answer, 200, "octo/none")
+
+    def test_other_signed_events_are_ignored_whatever_they_hold(self):
+        daemon = self.serve(hook("true", "*"), hook("true", "refs/tags/*"))
+        for event in ("create", "delete", "issues", "check_run", "workflow_run", "release",
+                      "deployment", "installation", "no_such_event"):
+            for payload in (push_of(), {"ref": "main", "ref_type": "branch"}, {}):
+                with self.subTest(event=event, payload=sorted(payload)):
+                    answer = daemon.post(payload, X_GitHub_Event=event)
+                    self.assert_answer(answer, (200, 400))
+        self.assertEqual(daemon.targets(), {})
+
+    def test_a_deletion_is_ignored_where_nothing_is_said_of_it(self):
+        daemon = self.serve(hook("true", "*"))
+        self.assert_answer(daemon.post(deletion_of("main")), 200, "ignored")
+        self.assertEqual(daemon.seen(), [])
+
+    def test_a_form_is_read_and_signed_as_it_was_sent(self):
+        daemon = self.serve(hook(NOTE))
+        payload = push_of(commit=sha("form"), note="a + b & c = ♥ %20")
+        self.assert_answer(daemon.exchange(form(payload)), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("form")])
+        self.assertEqual(json.loads(daemon.read("state/runs/1/payload.json")), payload)
+        inner = sign(json.dumps(payload).encode())
+        self.assert_answer(daemon.exchange(form(payload, X_Hub_Signature_256=inner)), 403)
+
+    def test_a_form_without_a_payload_is_refused(self):
+        daemon = self.serve(hook("true"))
+        for body in (b"", b"payload=", b"payload", b"other=1", b"payload=%7B", b"payload=%FF%FE",
+                     b"payload=[]", b"&&&=&payload", b"payload=1"):
+            with self.subTest(body):
+                answer = daemon.post(body, Content_Type="application/x-www-form-urlencoded")
+                self.assert_answer(answer, 400)
+
+    def test_a_signed_body_that_is_no_delivery_is_refused(self):
+        daemon = self.serve(hook("true"))
+        for name, body in NO_JSON.items():
+            with self.subTest(name):
+                self.assert_answer(daemon.post(body), 400)
+        self.assert_answer(daemon.push(), 202)
+
+    def test_a_member_of_a_wrong_type_never_breaks_the_answer(self):
+        daemon = self.serve(hook("true", "*", paths="index.html"), hook("true", "refs/tags/*"))
+        wrong = (None, 0, -1, True, 1e300, "", "x", [], {}, [None], {"a": 1}, "\ud800", "\0",
+                 "x" * 70_000)
+        fields = ("ref", "before", "after", "created", "deleted", "forced", "commits",
+                  "head_commit", "pusher", "sender", "repository", "organization")
+        inner = (("repository", "full_name"), ("repository", "owner"), ("repository", "pushed_at"),
+                 ("pusher", "name"), ("head_commit", "id"))
+        for value in wrong:
+            for field in fields:
+                self.assert_polite(daemon, push_of(**{field: value}), field, value)
+            for field, member in inner:
+                whole = push_of()
+                whole[field] = {**whole[field], member: value}
+                self.assert_polite(daemon, whole, member, value)
+            for member in ("added", "modified", "removed"):
+                commits = [{"id": sha(1), "added": [], "modified": [], "removed": [],
+                            member: value}]
+                self.assert_polite(daemon, push_of(commits=commits), member, value)
+        for field in (*fields, "no such field"):
+            whole = push_of()
+            whole.pop(field, None)
+            self.assert_polite(daemon, whole, field, "missing")
+
+    def assert_polite(self, daemon, payload, *told):
+        with self.subTest(told=[str(one)[:40] for one in told]):
+            self.assert_answer(daemon.post(payload), (200, 202, 400, 403))
+
+    def test_an_event_header_does_not_make_a_push(self):
+        daemon = self.serve(hook("true", "*"))
+        for name, payload in (("release", release_of()), ("workflow", workflow_run_of()),
+                              ("issue", {"action": "opened", "repository": repository_of()}),
+                              ("create", {"ref": "main", "ref_type": "branch",
+                                          "repository": repository_of()})):
+            with self.subTest(name):
+                self.assert_answer(daemon.post(payload), (200, 400))
+        self.assert_answer(daemon.post(push_of(), X_GitHub_Event=None), 400)
+
+    def test_a_branch_may_have_any_legal_name_and_is_only_ever_data(self):
+        daemon = self.serve(hook('printf "%s\\n" "$HOOKD_BRANCH" >> "$HOME/said"\n'
+                                 'printf "%s\\n" "$HOOKD_SLUG" >> "$HOME/slugs"', "*"), jobs=1)
+        for branch in LEGAL:
+            with self.subTest(branch):
+                self.assert_answer(daemon.push(branch), 202, branch)
+        daemon.settle()
+        self.assertEqual(sorted(daemon.read("said").splitlines()), sorted(LEGAL))
+        slugs = daemon.read("slugs").split()
+        self.assertEqual(len(set(slugs)), len(LEGAL))
+        for slug in slugs:
+            self.assertRegex(slug, r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+
+    def test_a_name_that_git_would_refuse_runs_nothing(self):
+        daemon = self.serve(hook(NOTE, "*", directory=self.home / "work/{branch}"),
+                            hook(NOTE, "refs/*", directory=self.home / "work/{branch}"))
+        for ref in ILLEGAL:
+            with self.subTest(ref):
+                self.assert_answer(daemon.push(ref=ref), (200, 400))
+        for ref in ("refs/pull/1/merge", "refs/notes/x", "refs/stash"):
+            with self.subTest(ref):
+                self.assert_answer(daemon.push(ref=ref), (200, 202, 400))
+        daemon.settle()
+        self.assertNotIn("evil", [one.name for one in self.home.parent.iterdir()])
+        self.assertFalse((self.home / "evil").exists())
+
+    def test_a_repository_name_never_leaves_its_directory(self):
+        daemon = self.serve(hook(NOTE, "*", "octo/*"), hook(NOTE, "*", "../*"),
+                            hook(NOTE, "*", "*/evil"))
+        for repo in ("octo/..", "octo/../../evil", "../evil", "octo/", "/evil", "octo",
+                     "octo/a/b", "octo/a b", "octo/\0", "octo/a\nb", "octo/.", "octo/%2e%2e"):
+            with self.subTest(repo):
+                self.assert_answer(daemon.push(repo=repo), (200, 400, 403))
+        self.assertEqual(daemon.targets(), {})
+
+    def test_a_late_delivery_is_ignored_and_a_repeated_one_is_taken(self):
+        daemon = self.serve(hook(NOTE))
+        new, old = 1_700_000_100, 1_700_000_000
+        send = {when: push_of(commit=sha(when), repository=repository_of(pushed_at=when))
+                for when in (new, old)}
+        self.assert_answer(daemon.post(send[new]), 202)
+        self.assert_answer(daemon.post(send[old]), 200, "ignored")
+        daemon.settle()
+        self.assert_answer(daemon.post(send[old]), 200, "ignored")
+        self.assert_answer(daemon.post(send[new]), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(new), sha(new)])
+
+    def test_paths_decide_by_what_the_push_touched(self):
+        daemon = self.serve(hook("true", paths="docs/*\n*.md"))
+        for name, changes, status in PATHS:
+            commit = {"id": sha(name), "added": [], "modified": [], "removed": [], **changes}
+            with self.subTest(name):
+                self.assert_answer(daemon.push(commits=[commit]), status,
+                                   "ignored" if status == 200 else "queued")
+        other = {"id": sha(1), "added": [], "modified": ["src/a.c"], "removed": []}
+        unknown = (("created", {"created": True, "before": ZERO}), ("forced", {"forced": True}),
+                   ("no commits", {"commits": []}), ("2048 commits", {"commits": [other] * 2048}))
+        for name, fields in unknown:
+            with self.subTest(name):
+                self.assert_answer(daemon.push(**{"commits": [other], **fields}), 202)
+
+    def test_a_workflow_run_counts_only_completed_successful_and_from_a_push_here(self):
+        daemon = self.serve(hook(NOTE, event="workflow_run"))
+        table = (
+            ("failed", {"conclusion": "failure"}, {}), ("skipped", {"conclusion": "skipped"}, {}),
+            ("cancelled", {"conclusion": "cancelled"}, {}), ("nothing", {"conclusion": None}, {}),
+            ("pull request", {"event": "pull_request"}, {}), ("a timer", {"event": "schedule"}, {}),
+            ("a fork", {"head_repository": repository_of("mallory/site")}, {}),
+            ("a fork without a name", {"head_repository": None}, {}),
+            ("another branch", {"head_branch": "dev"}, {}),
+            ("requested", {"status": "queued"}, {"action": "requested"}),
+            ("in progress", {"status": "in_progress"}, {"action": "in_progress"}))
+        for name, run, fields in table:
+            with self.subTest(name):
+                answer = daemon.post(workflow_run_of(run=run, **fields),
+                                     X_GitHub_Event="workflow_run")
+                self.assert_answer(answer, 200, "ignored")
+        self.assert_answer(daemon.push(), 200, "ignored")
+        answer = daemon.post(workflow_run_of(sha("tested")), X_GitHub_Event="workflow_run")
+        self.assert_answer(answer, 202, "octo/site main at " + sha("tested")[:7])
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("tested")])
+
+    def test_a_release_counts_when_it_is_published(self):
+        say = 'echo "$HOOKD_REF $HOOKD_BRANCH $HOOKD_EVENT" >> "$HOME/said"'
+        daemon = self.serve(hook(say, "v*", event="release"))
+        for action in ("created", "edited", "released", "deleted", "unpublished", "prereleased"):
+            with self.subTest(action):
+                answer = daemon.post(release_of(action=action), X_GitHub_Event="release")
+                self.assert_answer(answer, 200, "ignored")
+        self.assert_answer(daemon.post(release_of("x1"), X_GitHub_Event="release"), 200)
+        self.assert_answer(daemon.post(release_of("v1.0"), X_GitHub_Event="release"), 202)
+        self.assertEqual(daemon.wait_for("said"), "refs/tags/v1.0 v1.0 release\n")
+
+
+# ---------------------------------------------------------------- Delivery
+
+
+class Delivery(Case):
+    """HTTP: each status of the contract, over TCP, unix sockets and TLS."""
+
+    def test_each_answer_has_its_status_and_one_line_of_text(self):
+        daemon = self.serve(hook("true"), path="/hook-1f2e", max_body="64K")
+        body = json.dumps(push_of()).encode()
+        table = (
+            ("a push", request(body, path="/hook-1f2e"), 202),
+            ("a ping", request(b"{}", path="/hook-1f2e", X_GitHub_Event="ping"), 200),
+            ("HTTP/1.0", request(body, path="/hook-1f2e", version="HTTP/1.0"), 202),
+            ("not JSON", request(b"{", path="/hook-1f2e"), 400),
+            ("no signature", request(body, path="/hook-1f2e", X_Hub_Signature_256=None), 403),
+            ("another secret", request(body, "other", path="/hook-1f2e"), 403),
+            ("another path", request(body), 404),
+            ("another path and method", request(body, path="/x", method="GET"), 404),
+            ("GET", request(path="/hook-1f2e", method="GET"), 405),
+            ("PUT", request(body, path="/hook-1f2e", method="PUT"), 405),
+            ("no length", request(path="/hook-1f2e", Content_Length=None), 411),
+            ("chunked", request(b"0\r\n\r\n", path="/hook-1f2e", Content_Length=None,
+                                Transfer_Encoding="chunked"), 411),
+            ("too large", request(b"x" * 65537, path="/hook-1f2e"), 413),
+            ("a long path", request(body, path="/" + "x" * 9000), 414),
+            ("text", request(body, path="/hook-1f2e", Content_Type="text/plain"), 415),
+            ("gzip", request(body, path="/hook-1f2e", Content_Encoding="gzip"), 415),
+            ("101 fields", request(body, path="/hook-1f2e",
+                                   **{f"X{i}": i for i in range(101)}), 431),
+            ("a large head", request(body, path="/hook-1f2e", X="x" * 17_000), 431),
+            ("an unknown method", request(body, path="/hook-1f2e", method="BREW"), 501),
+            ("an unknown coding", request(body, path="/hook-1f2e", Content_Length=None,
+                                          Transfer_Encoding="gzip"), 501))
+        for name, raw, status in table:
+            with self.subTest(name):
+                answer = daemon.exchange(raw)
+                self.assert_answer(answer, status)
+                self.assertRegex(answer.text, r"\A[^\n]+\n\Z")
+                self.assertTrue(answer.headers["content-type"].startswith("text/plain"))
+                if status == 405:
+                    self.assertEqual(answer.headers["allow"], "POST")
+
+    def test_the_answer_to_a_push_says_what_was_queued(self):
+        daemon = self.serve(hook(GATE))
+        commits = [sha(number) for number in range(3)]
+        words = ["queued run 1: octo/site main at " + commits[0][:7],
+                 "queued run 2: octo/site main at " + commits[1][:7],
+                 f"queued run 3: octo/site main at {commits[2][:7]}, in place of run 2"]
+        for number, (commit, text) in enumerate(zip(commits, words)):
+            self.assertEqual(daemon.push(commit=commit).text.strip(), text)
+            if number == 0:
+                daemon.wait_for_run(1)
+        self.assert_answer(daemon.push("dev"), 200, "ignored: no hook for octo/site dev")
+
+    def test_a_connection_may_be_used_again(self):
+        daemon = self.serve(hook("true"))
+        raw = (request(push_of()), request(b"{}", X_Hub_Signature_256=None),
+               request(b"{}", X_GitHub_Event="ping"), request(push_of()))
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            for data, status in zip(raw, (202, 403, 200, 202)):
+                one.sendall(data)
+                answer = read_answer(stream)
+                self.assert_answer(answer, status)
+                if answer.headers.get("connection") == "close":
+                    break
+            else:
+                status = None
+        self.assertIsNone(status, "closed after an answer that need not close")
+
+    def test_requests_sent_at_once_are_answered_in_order(self):
+        daemon = self.serve(hook("true"))
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            one.sendall(request(push_of()) + request(b"{}", X_GitHub_Event="ping")
+                        + request(b"x", "wrong") + request(push_of()))
+            self.assertEqual([read_answer(stream).status for _ in range(4)], [202, 200, 403, 202])
+
+    def test_a_body_that_is_refused_is_never_the_next_request(self):
+        daemon = self.serve(hook(NOTE), path="/hook")
+        smuggled = request(push_of(), path="/hook")
+        for name, raw in (("another path", request(smuggled, path="/other")),
+                          ("a GET", request(smuggled, method="GET", path="/hook")),
+                          ("text", request(smuggled, path="/hook", Content_Type="text/plain")),
+                          ("no length", request(path="/hook", Content_Length=None) + smuggled),
+                          ("chunked", request(path="/hook", Content_Length=None,
+                                              Transfer_Encoding="chunked") + smuggled)):
+            with self.subTest(name), closing(daemon.connect()) as one, one.makefile("rb") as stream:
+                one.sendall(raw)
+                self.assertGreaterEqual(read_answer(stream).status, 400)
+                self.assertEqual(read_answer(stream).status, 0)
+        self.assertEqual(daemon.targets(), {})
+
+    def test_an_answer_is_one_write(self):
+        daemon = self.serve(hook("true"))
+        for raw in (request(push_of()), request(b"{}", "wrong"), request(method="GET")):
+            with closing(daemon.connect()) as one:
+                one.sendall(raw)
+                first = one.recv(65536).partition(b"\r\n\r\n")
+                self.assertTrue(first[2].endswith(b"\n"), first)
+
+    def test_a_client_may_wait_for_100_continue(self):
+        daemon = self.serve(hook("true"))
+        body = json.dumps(push_of()).encode()
+        head = request(body, Expect="100-continue")[:-len(body)]
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            one.sendall(head)
+            self.assertEqual(read_answer(stream).status, 100)
+            one.sendall(body)
+            self.assert_answer(read_answer(stream), 202)
+
+    def test_a_request_that_takes_over_ten_seconds_is_given_up(self):
+        daemon = self.serve(hook(NOTE))
+        whole = request(push_of(commit=sha("slow")))
+        parts = {"nothing": b"", "half a line": b"POST", "half a head": whole[:60],
+                 "half a body": whole[:-10], "all but a byte": whole[:-1]}
+        began = time.monotonic()
+        with ExitStack() as stack:
+            held = {}
+            for name, part in parts.items():
+                held[name] = stack.enter_context(closing(daemon.connect()))
+                held[name].sendall(part)
+            drip = stack.enter_context(closing(daemon.connect()))
+            self.drip_until_closed(drip, whole)
+            for name, one in held.items():
+                with self.subTest(name), one.makefile("rb") as stream:
+                    self.assert_answer(read_answer(stream), 408 if parts[name] else 0)
+        self.assertTrue(8 < time.monotonic() - began < 25)
+        self.assert_answer(daemon.push(commit=sha("next")), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("next")])
+
+    def drip_until_closed(self, one, raw):
+        """Send a byte now and then, as one who means to hold the connection for ever."""
+        one.settimeout(0.4)
+        for byte in raw:
+            try:
+                one.sendall(bytes([byte]))
+                if one.recv(4096):
+                    return
+            except socket.timeout:
+                continue
+            except ConnectionError:
+                return
+        self.fail("the whole request was taken, byte by byte")
+
+    def test_a_body_cut_short_is_refused_although_its_signature_is_right(self):
+        daemon = self.serve(hook(NOTE))
+        body = json.dumps(push_of()).encode()
+        raw = request(body, Content_Length=len(body) + 50)
+        self.assert_answer(daemon.exchange(raw, half_close=True), (0, 400))
+        self.assertEqual(daemon.targets(), {})
+
+    def test_a_push_that_cannot_be_kept_is_answered_503(self):
+        daemon = self.serve(hook(NOTE))
+        self.assert_answer(daemon.push(commit=sha(1)), 202)
+        daemon.settle()
+        with closing(sqlite3.connect(daemon.state / "hookd.db", isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            self.assert_answer(daemon.push(commit=sha(2)), 503)
+            other.execute("ROLLBACK")
+        self.assert_answer(daemon.push(commit=sha(3)), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(1), sha(3)])
+
+    def test_a_full_disk_is_answered_503_until_there_is_room_again(self):
+        daemon = self.serve(hook(NOTE))
+        hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (1, hard))
+        self.assert_answer(daemon.push(commit=sha(1)), 503)
+        self.assert_answer(daemon.push(commit=sha(2)), 503)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        self.assert_answer(daemon.push(commit=sha(3)), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(3)])
+
+    def test_quiet_answers_ok_to_everyone_and_the_log_has_the_truth(self):
+        daemon = self.serve(hook(NOTE), quiet="yes", path="/hook")
+        requests = (request(push_of(), path="/hook"), request(b"{}", "wrong", path="/hook"),
+                    request(b"{", path="/hook"), request(push_of("dev"), path="/hook"),
+                    request(b"{}", path="/hook", X_Hub_Signature_256=None),
+                    request(b"{}", path="/hook", X_GitHub_Event="ping"))
+        for raw in requests:
+            answer = daemon.exchange(raw)
+            self.assertEqual((answer.status, answer.text), (200, "ok\n"))
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("commit")])
+        daemon.wait_for_log("signature does not match")
+
+    def test_only_the_networks_that_are_allowed_may_connect(self):
+        daemon = self.serve(hook("true"), allow_from="192.0.2.0/24 2001:db8::/32")
+        for address, status in ((None, (0, 403)), ("192.0.2.7", 202), ("2001:db8::7", 202),
+                                ("198.51.100.9", (0, 403)), ("192.0.2.7, 198.51.100.9", (0, 403)),
+                                ("198.51.100.9, 192.0.2.7", 202), ("nonsense", (0, 400, 403))):
+            with self.subTest(address):
+                answer = daemon.post(push_of(), X_Forwarded_For=address)
+                self.assert_answer(answer, status)
+        daemon.kill()
+        daemon = self.serve(hook("true"), allow_from="127.0.0.0/8")
+        self.assert_answer(daemon.push(), 202)
+
+    def test_the_log_names_the_delivery_and_the_real_sender(self):
+        daemon = self.serve(hook("true"))
+        delivery = str(uuid.uuid4())
+        daemon.post(push_of(), X_GitHub_Delivery=delivery,
+                    X_Forwarded_For="203.0.113.1, 192.0.2.77")
+        daemon.settle()
+        lines = [line for line in daemon.log.splitlines() if delivery in line]
+        self.assertTrue(lines, daemon.log)
+        self.assertIn("192.0.2.77", "\n".join(lines))
+        self.assertNotIn("203.0.113.1", daemon.log)
+
+    def test_a_unix_socket_is_open_to_the_web_server(self):
+        path = self.home / "hookd.sock"
+        daemon = self.serve(hook(NOTE), listen=f"unix:{path}")
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o666)
+        self.assert_answer(daemon.push(), 202)
+        daemon.kill()
+        daemon.start()  # a socket that a crash left behind is no hindrance
+        self.assert_answer(daemon.push(commit=sha("again")), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("commit"), sha("again")])
+
+    def test_ipv6_has_brackets(self):
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            self.skipTest("this machine has no IPv6")
+        daemon = self.serve(hook("true"), listen="[::1]:0")
+        self.assertRegex(daemon.address, r"^\[::1\]:\d+$")
+        self.assert_answer(daemon.push(), 202)
+
+    def test_refused_noise_does_not_fill_the_log(self):
+        daemon = self.serve(hook("true"))
+        before = len(daemon.log)
+        for number in range(300):
+            self.assert_answer(daemon.post(b"{}", "wrong", X_GitHub_Delivery=number), 403)
+            self.assert_answer(daemon.exchange(request(path=f"/{number}.php", method="GET")), 404)
+        self.assertLess(daemon.log.count("\n", before), 12)
+
+    def test_strangers_cannot_write_into_the_log(self):
+        daemon = self.serve(hook("true", "*"))
+        evil = "\x1b[2J\r\nall is well level=info\x07\x85\u2028"
+        daemon.push(evil)
+        daemon.push("x", repo="octo/" + evil)
+        daemon.push("x", pusher={"name": evil}, head_commit={"id": evil, "message": evil})
+        for raw in (request(path="/\x1b[31mx"), request(b"{}", X_GitHub_Delivery="\x1b[31m"),
+                    request(b"{}", X_GitHub_Event="push\x1b[31m"), b"\x1b[2J\x07\r\n\r\n",
+                    request(b"{}", User_Agent="\x1b[31m"), request(b"{}", X_Forwarded_For="\x1b[")):
+            daemon.exchange(raw)
+        daemon.settle()
+        self.assertNotRegex(daemon.log, "[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]")
+        self.assertNotRegex(daemon.log, r"(?m)^all is well")
+
+
+CERTIFICATES = (  # two self-signed ones with their keys, made for these tests alone
+    """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgWr1BIgGeB7AxJ6Xi
+ciRtg0blXN+sCbQ9fxyH2S1D9aWhRANCAARlV8KVR7ATAFVK76sFfsmYr9LF5EA+
+u9dS51K1zUYlOMh4zFSuNYqOb0WwmZ9QN4qDGJqjm5wp2iaCAthDeV4p
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBoTCCAUegAwIBAgIUH6vpu7b4VcHixmjIMdR8ceNG8wwwCgYIKoZIzj0EAwIw
+FzEVMBMGA1UEAwwMaG9va2QtdGVzdC0xMCAXDTI2MTEyMTAxNTk0NloYDzIxMjYx
+MDI4MDE1OTQ2WjAXMRUwEwYDVQQDDAxob29rZC10ZXN0LTEwWTATBgcqhkjOPQIB
+BggqhkjOPQMBBwNCAARlV8KVR7ATAFVK76sFfsmYr9LF5EA+u9dS51K1zUYlOMh4
+zFSuNYqOb0WwmZ9QN4qDGJqjm5wp2iaCAthDeV4po28wbTAdBgNVHQ4EFgQU3HUN
+tuiJ6owqSZhkJzTOrjsGfCUwHwYDVR0jBBgwFoAU3HUNtuiJ6owqSZhkJzTOrjsG
+fCUwDwYDVR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEw
+CgYIKoZIzj0EAwIDSAAwRQIgMADb6BwlGB1UYrTKE/RFKhW0ONWweGLLedwdWV9a
+oxgCIQDun2hlqhgmHrvnc943yUd6KvVfTMckEqUKS+VrNCJPzw==
+-----END CERTIFICATE-----
+""",
+    """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgzmQUFut5QfimSptC
+9oQI5cshk0/aGwO3XGd6UZpSF8mhRANCAAQCz9dsjteEDBNSTibjyVMWuWfwrgxS
+50i+juwhLwOq4UL8y3BPSNQr2O35thKIk4UpmusQVA+vfWgDvvN/r9cX
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBoTCCAUegAwIBAgIUf+0DbCguCwLnx8YeeMpcKwUhODYwCgYIKoZIzj0EAwIw
+FzEVMBMGA1UEAwwMaG9va2QtdGVzdC0yMCAXDTI2MTEyMTAxNTk0NloYDzIxMjYx
+MDI4MDE1OTQ2WjAXMRUwEwYDVQQDDAxob29rZC10ZXN0LTIwWTATBgcqhkjOPQIB
+BggqhkjOPQMBBwNCAAQCz9dsjteEDBNSTibjyVMWuWfwrgxS50i+juwhLwOq4UL8
+y3BPSNQr2O35thKIk4UpmusQVA+vfWgDvvN/r9cXo28wbTAdBgNVHQ4EFgQURSET
+b0HDAXxNcZKnECrByFTwBmIwHwYDVR0jBBgwFoAURSETb0HDAXxNcZKnECrByFTw
+BmIwDwYDVR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEw
+CgYIKoZIzj0EAwIDSAAwRQIgUVgRqIs86KlKi4dImspNvjgJtoDXIi96du5TImzy
+OH8CIQCYm7uoXbn1TsRVmetmO2DrRjlNnaoll1niiX/dMU0IpQ==
+-----END CERTIFICATE-----
+""",
+)
+
+
+class Tls(Case):
+    """HTTPS by hookd itself."""
+
+    def serve_tls(self, number, *sections, **keys):
+        """Return a daemon that answers over TLS with the certificate of that number."""
+        self.install(number)
+        return self.serve(*sections, tls_cert=self.home / "tls.pem",
+                          tls_key=self.home / "tls.pem", **keys)
+
+    def install(self, number):
+        path = self.home / "tls.pem"
+        path.write_text(CERTIFICATES[number])
+        path.chmod(0o600)
+
+    def connect(self, daemon):
+        """Return a TLS connection; its certificate is not verified, only looked at."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context.wrap_socket(daemon.connect(), server_hostname="localhost")
+
+    def exchange(self, daemon, raw):
+        with closing(self.connect(daemon)) as one, one.makefile("rb") as stream:
+            one.sendall(raw)
+            return read_answer(stream)
+
+    def certificate(self, daemon):
+        with closing(self.connect(daemon)) as one:
+            return ssl.DER_cert_to_PEM_cert(one.getpeercert(binary_form=True))
+
+    def test_a_push_arrives_over_tls(self):
+        daemon = self.serve_tls(0, hook(NOTE))
+        self.assert_answer(self.exchange(daemon, request(push_of())), 202)
+        large = push_of(commit=sha("large"), note="x" * 3_000_000)
+        self.assert_answer(self.exchange(daemon, request(large)), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("commit"), sha("large")])
+
+    def test_a_handshake_that_never_ends_blocks_nobody(self):
+        daemon = self.serve_tls(0, hook("true"))
+        with ExitStack() as stack:
+            for start in (b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", b"\x80" * 50):
+                one = stack.enter_context(closing(daemon.connect()))
+                one.sendall(start)
+            self.assert_answer(self.exchange(daemon, request(push_of())), 202)
+
+    def test_a_renewed_certificate_is_taken_at_a_reload(self):
+        daemon = self.serve_tls(0, hook("true"))
+        self.assertIn(self.certificate(daemon), CERTIFICATES[0])
+        self.install(1)
+        self.assertIn(self.certificate(daemon), CERTIFICATES[0])
+        daemon.tell(signal.SIGHUP)
+        daemon.wait(lambda: self.certificate(daemon) in CERTIFICATES[1], "the new certificate")
+        self.assert_answer(self.exchange(daemon, request(push_of())), 202)
+
+    def test_a_certificate_that_cannot_be_read_is_told(self):
+        (self.home / "tls.pem").write_text("no certificate\n")
+        daemon = self.prepare(hook("true"), tls_cert=self.home / "tls.pem",
+                              tls_key=self.home / "tls.pem")
+        told = daemon.hookd("check")
+        self.assertEqual(told.code, 78)
+        self.assertIn("tls_cert", told.err + told.out)
+
+    def test_send_speaks_tls_to_its_own_daemon(self):
+        daemon = self.serve_tls(0, hook(NOTE))
+        self.assertEqual(daemon.hookd("send", "octo/site", "main", "--wait").code, 0)
+        self.assertEqual(len(daemon.seen()), 1)
+
+
+# ---------------------------------------------------------------- Queue
+
+
+class Queue(Case):
+    """Which pushes run, in which order, and what never runs beside what."""
+
+    def test_a_second_push_waits_for_the_first(self):
+        daemon = self.serve(hook(alone(GATE + "\n" + NOTE)))
+        daemon.push(commit=sha(1))
+        daemon.wait_for_run(1)
+        daemon.push(commit=sha(2))
+        self.assertEqual(daemon.targets()["octo/site", "main"]["waiting"], [2])
+        self.assertEqual(daemon.seen(), [])
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(1), sha(2)])
+        self.assert_never_overlapped(daemon)
+
+    def test_newest_lets_the_newest_push_take_the_place_of_the_waiting_one(self):
+        daemon = self.serve(hook(GATE + "\n" + NOTE))
+        for number in range(1, 5):
+            daemon.push(commit=sha(number))
+            if number == 1:
+                daemon.wait_for_run(1)
+        daemon.open_gate()
+        self.assertEqual(daemon.settled()["commit"], sha(4))
+        self.assertEqual(daemon.seen(), [sha(1), sha(4)])
+        self.assertEqual(daemon.states(), {1: "ok", 2: "superseded", 3: "superseded", 4: "ok"})
+
+    def test_every_runs_each_push_in_order(self):
+        daemon = self.serve(hook(NOTE, queue="every"), jobs=4)
+        commits = [sha(number) for number in range(6)]
+        for commit in commits:
+            daemon.push(commit=commit)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), commits)
+
+    def test_replace_ends_the_running_one(self):
+        command = f'if [ "$HOOKD_COMMIT" = {sha(1)} ]; then touch "$HOME/begun"; {GATE}; fi\n{NOTE}'
+        daemon = self.serve(hook(alone(command), queue="replace"))
+        daemon.push(commit=sha(1))
+        daemon.wait((self.home / "begun").exists, "the first run")
+        self.assert_answer(daemon.push(commit=sha(2)), 202, "in place of run 1")
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(2)])
+        self.assertEqual(daemon.states(), {1: "cancelled", 2: "ok"})
+        self.assert_never_overlapped(daemon)
+
+    def test_at_most_so_many_jobs_run_at_once(self):
+        for jobs in (1, 2):
+            with self.subTest(jobs=jobs):
+                self.check_jobs(jobs)
+
+    def check_jobs(self, jobs):
+        count = f"""\
+touch "$HOME/in.$HOOKD_BRANCH"
+ls "$HOME" | grep -c '^in\\.' >> "$HOME/counts.{jobs}"
+{BRIEFLY}
+rm "$HOME/in.$HOOKD_BRANCH"
+"""
+        daemon = self.serve(hook(count, "*"), jobs=jobs, state=self.home / f"state.{jobs}")
+        for number in range(5):
+            daemon.push(f"branch-{number}")
+        daemon.settle()
+        self.assertEqual(max(daemon.read(f"counts.{jobs}").split()), str(jobs))
+        daemon.kill()
+
+    def test_two_hooks_with_one_directory_never_overlap(self):
+        work = self.home / "work"
+        daemon = self.serve(hook(alone(BRIEFLY, "dir") + NOTE, "a", directory=work),
+                            hook(alone(BRIEFLY, "dir") + NOTE, "b", directory=f"{work}/../work/"),
+                            jobs=4)
+        for branch in "abab":
+            daemon.push(branch)
+        daemon.settle()
+        self.assertGreaterEqual(len(daemon.seen()), 2)
+        self.assert_never_overlapped(daemon)
+
+    def test_two_hooks_with_one_lock_never_overlap(self):
+        daemon = self.serve(*(hook(alone(BRIEFLY, "lock") + NOTE, branch, lock="database")
+                              for branch in "abc"), jobs=4)
+        for branch in "abc":
+            daemon.push(branch)
+        daemon.settle()
+        self.assertEqual(len(daemon.seen()), 3)
+        self.assert_never_overlapped(daemon)
+
+    def test_different_directories_do_not_wait_for_each_other(self):
+        daemon = self.serve(hook(GATE, "slow"), hook(NOTE, "quick"))
+        daemon.push("slow")
+        daemon.wait_for_run(1, "slow")
+        daemon.push("quick")
+        daemon.wait_for("seen")
+        daemon.open_gate()
+
+    def test_a_job_that_waits_for_a_lock_does_not_take_a_place(self):
+        daemon = self.serve(hook(GATE, "a", lock="one"), hook(NOTE, "b", lock="one"),
+                            hook(NOTE, "c"), jobs=2)
+        daemon.push("a")
+        daemon.wait_for_run(1, "a")
+        daemon.push("b", sha("b"))
+        daemon.push("c", sha("c"))
+        self.assertEqual(daemon.wait_for("seen").split(), [sha("c")])
+        daemon.open_gate()
+        daemon.settle()
+
+    def test_a_burst_is_one_run_and_at_most_one_more(self):
+        daemon = self.serve(hook(alone(NOTE + "\n" + BRIEFLY)))
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda number: daemon.push(commit=sha(number)), range(60)))
+        self.assertEqual({answer.status for answer in answers}, {202})
+        daemon.push(commit=sha("last"))
+        daemon.settle()
+        self.assertEqual(daemon.seen()[-1], sha("last"))
+        self.assertLess(len(daemon.seen()), 30)
+        self.assert_never_overlapped(daemon)
+
+    def test_only_so_many_finished_runs_are_kept(self):
+        daemon = self.serve(hook(NOTE, queue="every"), hook("true", "dev"), keep=2)
+        daemon.push("dev")
+        for number in range(5):
+            daemon.push(commit=sha(number))
+        daemon.settle()
+        kept = self.home / "state" / "runs"
+        daemon.wait(lambda: sorted(int(one.name) for one in kept.iterdir()) == [1, 5, 6],
+                    "old runs to go")
+        self.assertEqual(daemon.hookd("log", "1").code, 0)
+        self.assertNotEqual(daemon.hookd("log", "2").code, 0)
+
+    def test_a_branch_and_a_tag_of_one_name_are_two_targets(self):
+        daemon = self.serve(hook('echo "$HOOKD_REF" >> "$HOME/said"', "*"),
+                            hook('echo "$HOOKD_REF" >> "$HOME/said"', "refs/tags/*"))
+        daemon.push("v1")
+        daemon.push(ref="refs/tags/v1")
+        daemon.settle()
+        self.assertEqual(sorted(daemon.read("said").split()), ["refs/heads/v1", "refs/tags/v1"])
+
+
+# ---------------------------------------------------------------- Runs
+
+
+class Runs(Case):
+    """What a command finds, how it ends, and what remains of it."""
+
+    def test_a_command_finds_what_the_contract_promises(self):
+        daemon = self.serve(hook('env -0 > "$HOME/env"; cat > "$HOME/stdin"; pwd > "$HOME/pwd"; '
+                                 'umask > "$HOME/umask"', "feature/*",
+                                 environment="GREETING=hello = world\nEMPTY="))
+        payload = push_of("feature/Über", sha("new"), before=sha("old"), pusher={"name": "móna"})
+        daemon.post(payload, X_GitHub_Delivery="d-1")
+        target = daemon.settled("feature/Über")
+        found = dict(line.split("=", 1) for line in daemon.read("env").split("\0") if line)
+        expected = {
+            "HOOKD_EVENT": "push", "HOOKD_REPO": "octo/site",
+            "HOOKD_REF": "refs/heads/feature/Über",
+            "HOOKD_BRANCH": "feature/Über", "HOOKD_COMMIT": sha("new"), "HOOKD_BEFORE": sha("old"),
+            "HOOKD_PUSHER": "móna", "HOOKD_DELIVERY": "d-1", "HOOKD_RUN": "1",
+            "HOOKD_LAST_GOOD": "", "GIT_TERMINAL_PROMPT": "0", "GREETING": "hello = world",
+            "EMPTY": "", "HOME": str(self.home),
+            "HOOKD_PAYLOAD": str(self.home / "state/runs/1/payload.json")}
+        for name, value in expected.items():
+            with self.subTest(name):
+                self.assertEqual(found.get(name), value)
+        self.assertRegex(found["HOOKD_SLUG"], r"^feature--ber-[0-9a-z]+$")
+        self.assertEqual(daemon.read("stdin"), "")
+        self.assertEqual(daemon.read("pwd").strip(), os.path.realpath(target["directory"]))
+        payload_file = Path(found["HOOKD_PAYLOAD"])
+        self.assertEqual(json.loads(payload_file.read_bytes()), payload)
+        self.assertEqual(stat.S_IMODE(payload_file.stat().st_mode), 0o600)
+
+    def test_a_command_does_not_find_what_is_private_to_systemd_and_hookd(self):
+        private = {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "90000000", "LISTEN_FDS": "2",
+                   "WATCHDOG_PID": "1", "LISTEN_PID": "1", "LISTEN_FDNAMES": "a:b",
+                   "CREDENTIALS_DIRECTORY": str(self.home), "STATE_DIRECTORY": str(self.home),
+                   "RUNTIME_DIRECTORY": str(self.home), "INVOCATION_ID": "0123",
+                   "JOURNAL_STREAM": "8:1", "LOGS_DIRECTORY": str(self.home)}
+        daemon = self.serve(hook('env -0 > "$HOME/env"'), variables={**private, "MINE": "kept"})
+        daemon.push()
+        found = dict(line.split("=", 1) for line in daemon.wait_for("env").split("\0") if line)
+        self.assertEqual(found["MINE"], "kept")
+        self.assertEqual(sorted(set(private) & set(found)), [])
+        self.assertNotIn(SECRET, "".join(found.values()))
+
+    def test_a_value_that_cannot_be_a_variable_does_not_stop_the_run(self):
+        daemon = self.serve(hook('env -0 > "$HOME/env.$HOOKD_RUN"', queue="every"))
+        strange = ("a\0b", "\ud800", "x" * 200_000, "\udcff", "♥" * 100_000)
+        for value in strange:
+            self.assert_answer(daemon.push(pusher={"name": value}), 202)
+        target = daemon.settled()
+        self.assertEqual((target["state"], target["run"]), ("ok", len(strange)))
+        for number in range(1, len(strange) + 1):
+            self.assertIn("HOOKD_PUSHER=", daemon.read(f"env.{number}"))
+            self.assertLess(len(daemon.read(f"env.{number}").encode()), 200_000)
+
+    def test_a_command_never_becomes_part_of_a_name(self):
+        daemon = self.serve(hook('printf "%s" "$HOOKD_BRANCH" > "$HOME/said"', "*"))
+        branch = "$(touch${IFS}$HOME/evil);`touch${IFS}$HOME/evil`"
+        self.assert_answer(daemon.push(branch), 202)
+        self.assertEqual(daemon.wait_for("said"), branch)
+        self.assertFalse((self.home / "evil").exists())
+
+    def test_the_first_command_that_fails_ends_the_run(self):
+        daemon = self.serve(hook('echo before; false; touch "$HOME/after"'))
+        daemon.push()
+        target = daemon.settled()
+        self.assertEqual((target["state"], target["exit"]), ("failed", 1))
+        self.assertIn("before", daemon.output(1))
+        self.assertFalse((self.home / "after").exists())
+
+    OUTCOMES = (("exit 0", "ok", 0), ("exit 7", "failed", 7), ("no-such-program", "failed", 127),
+                ("kill -9 $$", "failed", 137), ("kill -TERM $$", "failed", 143),
+                ("exit 256", "ok", 0), ("if", "failed", 2))
+
+    def test_the_outcome_is_the_commands_own(self):
+        daemon = self.serve(*(hook(command, f"b{number}") for number, (command, _, _)
+                              in enumerate(self.OUTCOMES)), jobs=4)
+        for number in range(len(self.OUTCOMES)):
+            daemon.push(f"b{number}")
+        targets = daemon.settle()
+        for number, (command, state, code) in enumerate(self.OUTCOMES):
+            with self.subTest(command):
+                target = targets["octo/site", f"b{number}"]
+                self.assertEqual((target["state"], target["exit"]), (state, code))
+
+    def test_a_command_that_fails_is_told_with_its_last_words(self):
+        daemon = self.serve(hook("echo the cause of it all; exit 3"))
+        daemon.push()
+        daemon.wait_for_log("the cause of it all")
+
+    def test_the_directory_is_made_where_it_is_missing(self):
+        daemon = self.serve(hook('touch here', "*",
+                                 directory=self.home / "srv/{owner}/{name}/{repo}/{branch}/{slug}"))
+        daemon.push("Fix/1")
+        daemon.settle()
+        found = [one.relative_to(self.home / "srv") for one in (self.home / "srv").rglob("here")]
+        self.assertRegex(str(found[0]), r"^octo/site/octo/site/Fix/1/fix-1-[0-9a-z]+/here$")
+
+    def test_a_directory_that_cannot_be_made_is_a_failure_with_a_reason(self):
+        (self.home / "file").touch()
+        daemon = self.serve(hook("true", directory=self.home / "file/below"))
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "failed")
+        self.assertIn("file/below", daemon.output(1) + daemon.log)
+
+    def test_a_run_ends_by_its_timeout_with_its_whole_group(self):
+        daemon = self.serve(hook('sleep 300 & echo $! > "$HOME/child"; sleep 300', timeout="1s"))
+        daemon.push()
+        target = daemon.settled()
+        self.assertEqual((target["state"], target["exit"]), ("timeout", 124))
+        daemon.wait(lambda: not alive(int(daemon.read("child"))), "the child to end")
+        self.assertIn("1s", daemon.output(1) + daemon.log)
+
+    def test_what_ignores_term_is_killed_ten_seconds_later(self):
+        stubborn = "trap '' TERM; " + GATE
+        daemon = self.serve(hook(f"({stubborn}) &\n{stubborn}", timeout="1s"))
+        daemon.push()
+        target = daemon.settled()
+        self.assertEqual(target["state"], "timeout")
+        self.assertTrue(9 < target["duration"] < 30, target)
+        self.assertEqual(daemon.descendants(), [daemon.process.pid])
+
+    def test_a_child_that_keeps_the_output_open_does_not_hold_the_run(self):
+        daemon = self.serve(hook(f'{DETACHED} & echo $! > "$HOME/child"; echo done'))
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok")
+        self.assertIn("done", daemon.output(1))
+        self.assertTrue(alive(int(daemon.read("child"))), "who leaves the group is let go")
+
+    def test_what_remains_of_the_group_ends_with_the_run(self):
+        daemon = self.serve(hook('sleep 300 & echo $! > "$HOME/child"'))
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok")
+        daemon.wait(lambda: not alive(int(daemon.read("child"))), "the child to end")
+
+    def test_a_command_that_closes_its_output_is_still_waited_for(self):
+        daemon = self.serve(hook(f"exec >/dev/null 2>&1\n{BRIEFLY}\n{NOTE}\nexit 4"))
+        daemon.push()
+        self.assertEqual(daemon.settled()["exit"], 4)
+        self.assertEqual(len(daemon.seen()), 1)
+
+    def test_output_of_any_size_and_kind_stays_bounded_with_both_its_ends(self):
+        noise = "head -c 40000000 /dev/zero | tr '\\0' x"
+        daemon = self.serve(hook(f"echo the beginning; {noise}; printf '\\377\\033[31m\\n'; "
+                                 "echo the end"))
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok")
+        self.assertLess((daemon.state / "runs/1/output.log").stat().st_size, 20_000_000)
+        told = daemon.hookd("log", "1")
+        self.assertEqual(told.code, 0)
+        self.assertTrue(told.out.startswith("the beginning"), told.out[:100])
+        self.assertTrue(told.out.rstrip().endswith("the end"), told.out[-100:])
+        self.assertRegex(told.out, r"\d+ (bytes|[KM]B)")
+        self.assertNotIn("\x1b", daemon.log)
+
+    def test_the_last_good_commit_is_known_to_the_next_run(self):
+        command = 'echo "was:$HOOKD_LAST_GOOD" >> "$HOME/said"; test ! -e "$HOME/broken"'
+        daemon = self.serve(hook(command))
+        for number in (1, 2, 3):
+            if number == 2:
+                (self.home / "broken").touch()
+            daemon.push(commit=sha(number))
+            target = daemon.settled()
+        self.assertEqual(daemon.read("said").split(), ["was:", "was:" + sha(1), "was:" + sha(1)])
+        self.assertEqual((target["state"], target["last_good"]), ("failed", sha(1)))
+
+    TELL = ('echo "$HOOKD_STATE $HOOKD_EXIT $HOOKD_PREVIOUS_STATE $HOOKD_COMMIT $HOOKD_BRANCH"'
+            ' >> "$HOME/told"; test -s "$HOOKD_LOG"; test "$HOOKD_DURATION" -ge 0; echo afterwards')
+
+    def test_what_follows_a_run_knows_its_outcome(self):
+        daemon = self.serve(hook('echo works; test ! -e "$HOME/broken"', on_success=self.TELL,
+                                 on_failure=self.TELL))
+        daemon.push(commit=sha(1))
+        daemon.settle()
+        (self.home / "broken").touch()
+        daemon.push(commit=sha(2))
+        self.assertEqual(daemon.settled()["state"], "failed")
+        first, second = daemon.read("told").splitlines()
+        self.assertEqual(first.split(), ["ok", "0", sha(1), "main"])
+        self.assertEqual(second, f"failed 1 ok {sha(2)} main")
+        self.assertIn("afterwards", daemon.output(1))
+
+    def test_on_failure_follows_a_timeout_too(self):
+        daemon = self.serve(hook("sleep 300", timeout="1s", on_failure='echo "$HOOKD_STATE '
+                                 '$HOOKD_EXIT" > "$HOME/told"'))
+        daemon.push()
+        self.assertEqual(daemon.wait_for("told"), "timeout 124\n")
+
+    def test_an_on_failure_that_fails_is_told_and_changes_nothing(self):
+        daemon = self.serve(hook("exit 3", on_failure="echo the mail is down; exit 9"))
+        daemon.push()
+        target = daemon.settled()
+        self.assertEqual((target["state"], target["exit"]), ("failed", 3))
+        daemon.wait_for_log("on_failure")
+
+    def test_an_on_success_that_fails_does_not_unmake_the_success(self):
+        daemon = self.serve(hook("true", on_success="exit 9"))
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok")
+        daemon.wait_for_log("on_success")
+
+    def test_on_delete_runs_when_the_branch_is_deleted(self):
+        daemon = self.serve(hook("touch page", "*", directory=self.home / "previews/{slug}",
+                                 on_delete='cd /; rm -r "$HOME/previews/$HOOKD_SLUG"; '
+                                           'echo "$HOOKD_BRANCH" >> "$HOME/gone"'))
+        daemon.push("topic")
+        daemon.settle()
+        self.assertTrue((self.home / "previews/topic/page").exists())
+        self.assert_answer(daemon.post(deletion_of("topic")), 202, "octo/site topic")
+        daemon.settle()
+        self.assertEqual(daemon.read("gone"), "topic\n")
+        self.assertFalse((self.home / "previews/topic").exists())
+
+    def test_branches_that_differ_a_little_never_share_a_directory(self):
+        daemon = self.serve(hook('echo "$HOOKD_BRANCH" >> who', "*"), jobs=4)
+        branches = ("feature/x", "feature-x", "Feature-x", "feature_x", "x" * 70, "x" * 71)
+        for branch in branches:
+            daemon.push(branch)
+        targets = daemon.settle()
+        for branch in branches:
+            who = Path(targets["octo/site", branch]["directory"], "who").read_text()
+            self.assertEqual(who, branch + "\n")
+
+    def test_the_payload_and_output_are_readable_by_nobody_else(self):
+        daemon = self.serve(hook("echo secret things"))
+        daemon.push()
+        daemon.settle()
+        for name in ("payload.json", "output.log"):
+            mode = (daemon.state / "runs/1" / name).stat().st_mode
+            self.assertEqual(stat.S_IMODE(mode) & 0o077, 0, name)
+
+    def test_a_command_inherits_no_descriptor_of_the_daemon(self):
+        daemon = self.serve(hook('ls -l /proc/self/fd > "$HOME/fds"'))
+        daemon.push()
+        self.assertNotRegex(daemon.wait_for("fds"), r"hookd\.db|socket:|eventpoll")
+
+
+# ---------------------------------------------------------------- Git
+
+
+class Git(Case):
+    """`git = URL`: the directory is the branch's newest commit, whatever was there before."""
+
+    def deploying(self, command="", branch="main", **keys):
+        """Return a hook that deploys the repository `origin` into `live`."""
+        keys = {"git": self.home / "origin", "directory": self.home / "live", "catch_up": "no",
+                **keys}
+        return section(f"octo/site {branch}", command=command or NOTE, **keys)
+
+    def test_two_branches_are_deployed_to_two_folders(self):
+        origin = self.repository()
+        main, staging = origin.commit(page="live"), origin.commit("staging", page="next")
+        daemon = self.serve(self.deploying('cp page "$HOME/on-$HOOKD_BRANCH"'),
+                            self.deploying('cp page "$HOME/on-$HOOKD_BRANCH"', "staging",
+                                           directory=self.home / "staging"), jobs=2)
+        daemon.push("main", main)
+        daemon.push("staging", staging)
+        targets = daemon.settle()
+        self.assertEqual({one["state"] for one in targets.values()}, {"ok"}, daemon.log)
+        self.assertEqual(daemon.read("on-main") + daemon.read("on-staging"), "livenext")
+        self.assertEqual(daemon.read("live/page") + daemon.read("staging/page"), "livenext")
+
+    def test_two_branches_may_share_one_working_copy(self):
+        origin = self.repository()
+        origin.commit(page="live")
+        origin.commit("staging", page="next", extra="only here")
+        publish = alone('rm -rf "$HOME/out/$HOOKD_BRANCH"; mkdir -p "$HOME/out/$HOOKD_BRANCH"\n'
+                        'cp page "$HOME/out/$HOOKD_BRANCH/"; ls > "$HOME/ls.$HOOKD_BRANCH"', "copy")
+        daemon = self.serve(self.deploying(publish), self.deploying(publish, "staging"), jobs=2)
+        for _ in range(2):
+            daemon.push("main")
+            daemon.push("staging")
+            daemon.settle()
+        self.assertEqual(daemon.read("out/main/page") + daemon.read("out/staging/page"), "livenext")
+        self.assertEqual(daemon.read("ls.main").split(), ["page"])
+        self.assertEqual(daemon.read("ls.staging").split(), ["extra", "page"])
+        self.assert_never_overlapped(daemon)
+
+    def test_the_newest_commit_is_deployed_not_the_one_that_was_pushed(self):
+        origin = self.repository()
+        old = origin.commit(page="old")
+        daemon = self.serve(self.deploying())
+        daemon.push(commit=old)
+        daemon.settle()
+        new = origin.commit(page="new")
+        daemon.push(commit=old, repository=repository_of(pushed_at=1))
+        target = daemon.settled()
+        self.assertEqual(daemon.seen(), [old, new])
+        self.assertEqual(daemon.read("live/page"), "new")
+        self.assertEqual(target["commit"], new)
+
+    def test_local_changes_are_discarded_and_other_files_are_left(self):
+        origin = self.repository()
+        origin.commit(page="one", **{".gitignore": "cache\n"})
+        daemon = self.serve(self.deploying())
+        daemon.push()
+        daemon.settle()
+        (self.home / "live/page").write_text("changed by hand")
+        (self.home / "live/cache").write_text("ignored")
+        (self.home / "live/upload").write_text("untracked")
+        origin.commit(page="two")
+        daemon.push()
+        daemon.settle()
+        texts = [daemon.read(f"live/{name}") for name in ("page", "cache", "upload")]
+        self.assertEqual(texts, ["two", "ignored", "untracked"])
+
+    def test_a_forced_push_is_followed(self):
+        origin = self.repository()
+        origin.commit(page="one")
+        origin.commit(page="two", gone="soon")
+        daemon = self.serve(self.deploying())
+        daemon.push()
+        daemon.settle()
+        origin.git("reset", "-q", "--hard", "HEAD~1")
+        other = origin.commit(page="three")
+        daemon.push(commit=other, forced=True)
+        self.assertEqual(daemon.settled()["commit"], other)
+        self.assertEqual(daemon.read("live/page"), "three")
+        self.assertFalse((self.home / "live/gone").exists())
+
+    def test_a_hook_with_git_needs_no_command(self):
+        self.repository().commit(page="one")
+        daemon = self.serve(section("octo/site main", git=self.home / "origin", catch_up="no",
+                                    directory=self.home / "live"))
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok")
+        self.assertEqual(daemon.read("live/page"), "one")
+
+    def test_a_tag_is_deployed(self):
+        origin = self.repository()
+        tagged = origin.commit(page="tagged")
+        origin.git("tag", "-a", "-m", "A release", "v1.0")
+        origin.commit(page="later")
+        daemon = self.serve(self.deploying(NOTE + '; echo "$HOOKD_BRANCH" > "$HOME/tag"',
+                                           "refs/tags/v*"))
+        daemon.push(ref="refs/tags/v1.0", commit=tagged)
+        daemon.settle()
+        self.assertEqual((daemon.seen(), daemon.read("live/page")), ([tagged], "tagged"))
+        self.assertEqual(daemon.read("tag"), "v1.0\n")
+
+    def test_a_release_deploys_its_tag(self):
+        origin = self.repository()
+        tagged = origin.commit(page="released")
+        origin.git("tag", "v2")
+        origin.commit(page="later")
+        daemon = self.serve(self.deploying(branch="v*", event="release"))
+        daemon.post(release_of("v2"), X_GitHub_Event="release")
+        daemon.settle()
+        self.assertEqual((daemon.seen(), daemon.read("live/page")), ([tagged], "released"))
+
+    def test_submodules_come_along(self):
+        (self.home / ".gitconfig").write_text("[protocol \"file\"]\n\tallow = always\n")
+        self.repository("library").commit(code="of the library")
+        origin = self.repository()
+        origin.commit(page="one")
+        origin.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add",
+                   str(self.home / "library"), "lib")
+        origin.commit()
+        daemon = self.serve(self.deploying())
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok")
+        self.assertEqual(daemon.read("live/lib/code"), "of the library")
+
+    def test_a_directory_that_holds_something_else_is_left_alone(self):
+        self.repository().commit(page="one")
+        other = self.repository("other")
+        other.commit(page="precious")
+        (self.home / "live").mkdir()
+        (self.home / "live/page").write_text("precious")
+        daemon = self.serve(self.deploying(), self.deploying(branch="dev", directory=other.path))
+        for branch, place in (("main", "live"), ("dev", "other")):
+            with self.subTest(place):
+                daemon.push(branch)
+                self.assertEqual(daemon.settled(branch)["state"], "failed")
+                self.assertEqual(daemon.read(f"{place}/page"), "precious")
+                self.assertIn(str(self.home / place), daemon.log)
+        self.assertEqual(os.listdir(self.home / "live"), ["page"])
+        self.assertEqual(daemon.seen(), [])
+
+    def test_locks_that_a_killed_git_left_are_no_hindrance(self):
+        origin = self.repository()
+        origin.commit(page="one")
+        daemon = self.serve(self.deploying())
+        daemon.push()
+        daemon.settle()
+        for name in ("index.lock", "HEAD.lock", "shallow.lock", "config.lock", "FETCH_HEAD.lock"):
+            (self.home / "live/.git" / name).touch()
+        new = origin.commit(page="two")
+        daemon.push()
+        target = daemon.settled()
+        self.assertEqual((target["state"], target["commit"]), ("ok", new), daemon.output(2))
+
+    def test_a_clone_that_was_cut_short_is_begun_again(self):
+        origin = self.repository()
+        new = origin.commit(page="one")
+        daemon = self.serve(self.deploying())
+        Repository(self.home / "live").git("remote", "add", "origin", str(origin.path))
+        (self.home / "live/.git/index.lock").touch()
+        daemon.push()
+        self.assertEqual(daemon.settled()["commit"], new, daemon.output(1))
+
+    def test_a_fetch_that_fails_is_told_and_the_command_does_not_run(self):
+        self.repository().commit(page="one")
+        daemon = self.serve(self.deploying(branch="gone"),
+                            self.deploying(branch="lost", git=self.home / "nowhere",
+                                           directory=self.home / "lost"), jobs=1)
+        for number, (branch, word) in enumerate((("gone", "gone"), ("lost", "nowhere")), 1):
+            with self.subTest(branch):
+                daemon.push(branch)
+                self.assertEqual(daemon.settled(branch)["state"], "failed")
+                self.assertIn(word, daemon.output(number))
+        self.assertEqual(daemon.seen(), [])
+
+    def test_a_remote_that_never_answers_ends_by_the_timeout(self):
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            url = f"git://127.0.0.1:{silent.getsockname()[1]}/site"
+            daemon = self.serve(self.deploying(git=url, timeout="1s"))
+            daemon.push()
+            self.assertEqual(daemon.settled()["state"], "timeout")
+        self.assertEqual(daemon.seen(), [])
+
+    def test_a_remote_that_asks_for_a_password_fails_at_once(self):
+        with http_server(401, {"WWW-Authenticate": 'Basic realm="git"'}) as url:
+            daemon = self.serve(self.deploying(git=url + "/site"))
+            daemon.push()
+            self.assertEqual(daemon.settled()["state"], "failed")
+
+    def test_the_deploy_key_is_the_only_identity_and_nothing_is_asked(self):
+        origin = self.repository()
+        origin.commit(page="over ssh")
+        programs = self.home / "bin"
+        programs.mkdir()
+        self.script(programs / "ssh", f'echo "$@" >> "{self.home}/ssh"\n'
+                    'for last; do :; done\nexec sh -c "$last"')
+        (self.home / "key").write_text("a private key\n")
+        (self.home / "key").chmod(0o600)
+        daemon = self.serve(
+            self.deploying(git=f"git@host.test:{origin.path}", deploy_key=self.home / "key"),
+            variables={"PATH": f"{programs}:{os.environ['PATH']}"})
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok", daemon.output(1))
+        self.assertEqual(daemon.read("live/page"), "over ssh")
+        for word in (f"-i {self.home}/key", "IdentitiesOnly=yes", "BatchMode=yes",
+                     f"UserKnownHostsFile={daemon.state}/known_hosts",
+                     "StrictHostKeyChecking=accept-new", "git@host.test"):
+            self.assertIn(word, daemon.read("ssh"))
+
+    def script(self, path, text):
+        path.write_text("#!/bin/sh\n" + text + "\n")
+        path.chmod(0o755)
+
+    def test_at_start_a_commit_that_no_run_took_is_deployed(self):
+        origin = self.repository()
+        commits = [origin.commit(page="missed")]
+        daemon = self.serve(self.deploying(catch_up="1h"))
+        self.assertEqual(daemon.wait_for("seen").split(), commits)
+        daemon.settle()
+        daemon.stop()
+        commits.append(origin.commit(page="missed again"))
+        daemon.start()
+        daemon.wait(lambda: daemon.seen() == commits, "the second commit")
+
+    def test_a_push_that_never_arrived_is_found_in_time(self):
+        origin = self.repository()
+        commits = [origin.commit(page="one")]
+        daemon = self.serve(self.deploying(catch_up="1s"))
+        daemon.wait_for("seen")
+        commits.append(origin.commit(page="two"))
+        daemon.wait(lambda: daemon.seen() == commits, "both commits")
+
+    def test_branches_of_a_pattern_are_caught_up_too(self):
+        origin = self.repository()
+        origin.commit(page="one")
+        origin.commit("preview/a", page="a")
+        origin.commit("preview/b", page="b")
+        daemon = self.serve(self.deploying('cp page "$HOME/$HOOKD_SLUG.page"', "preview/*",
+                                           directory=self.home / "previews/{slug}", catch_up="1h"))
+        daemon.wait(lambda: len(list(self.home.glob("*.page"))) == 2, "both previews")
+        self.assertEqual(len(daemon.settle()), 2)
+
+    def test_catch_up_can_be_turned_off(self):
+        self.repository().commit(page="one")
+        other = self.home / "count"
+        daemon = self.serve(self.deploying(catch_up="no"),
+                            self.deploying(f'touch "{other}"', "main", catch_up="1s").replace(
+                                "octo/site", "octo/other"))
+        daemon.wait(other.exists, "the other hook to catch up")
+        self.assertEqual(daemon.settle().keys(), {("octo/other", "main")})
+
+    def counting_git(self):
+        """Return an environment in which each call of git leaves a line in the file `calls`."""
+        programs = self.home / "bin"
+        programs.mkdir()
+        self.script(programs / "git", f'echo "$@" >> "{self.home}/calls"\n'
+                    f'exec {shutil.which("git")} "$@"')
+        return {"PATH": f"{programs}:{os.environ['PATH']}"}
+
+    def wait_for_rounds(self, daemon, rounds):
+        """Wait until the remote was asked so many times more."""
+        goal = daemon.read("calls").count("ls-remote") + rounds
+        daemon.wait(lambda: daemon.read("calls").count("ls-remote") >= goal, "catch-up")
+
+    def test_a_commit_that_failed_is_not_tried_again_and_again(self):
+        origin = self.repository()
+        broken = origin.commit(page="broken")
+        daemon = self.serve(self.deploying(NOTE + "; exit 1", catch_up="1s"),
+                            variables=self.counting_git())
+        daemon.wait_for("seen")
+        self.wait_for_rounds(daemon, 3)
+        self.assertEqual(daemon.seen(), [broken])
+
+    def test_a_remote_that_is_down_is_told_once_and_again_when_it_is_back(self):
+        daemon = self.serve(self.deploying(catch_up="1s"), variables=self.counting_git())
+        self.wait_for_rounds(daemon, 3)
+        known = daemon.log
+        self.assertEqual(known.count(str(self.home / "origin")), 1, known)
+        new = self.repository().commit(page="back")
+        daemon.wait(lambda: daemon.seen() == [new], "the commit after the outage")
+        self.assertGreater(daemon.log.count(str(self.home / "origin")), 1)
+
+    def test_a_superseded_push_is_not_missed(self):
+        origin = self.repository()
+        origin.commit(page="one")
+        daemon = self.serve(self.deploying(GATE + "\n" + NOTE))
+        daemon.push()
+        daemon.wait_for_run(1)
+        newest = origin.commit(page="two")
+        daemon.push()
+        daemon.push()
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(daemon.seen()[-1], newest)
+        self.assertEqual(len(daemon.seen()), 2)
+
+
+@contextmanager
+def http_server(status, headers):
+    """Answer every GET on a free port with a status and headers; give the URL."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+# ---------------------------------------------------------------- Crash
+
+
+class Crash(Case):
+    """SIGKILL, a damaged or foreign state: what was promised is kept."""
+
+    def test_a_push_answered_202_survives_a_crash_before_it_runs(self):
+        daemon = self.serve(hook(GATE + "\n" + NOTE), hook(NOTE, "dev"), jobs=1)
+        daemon.push()
+        daemon.wait_for_run(1)
+        self.assert_answer(daemon.push("dev", sha("kept")), 202)
+        daemon.kill()
+        daemon.open_gate()
+        daemon.start()
+        daemon.settle()
+        self.assertIn(sha("kept"), daemon.seen())
+
+    def test_what_was_running_is_ended_and_runs_again_once(self):
+        command = f'echo $$ >> "$HOME/pids"\n{alone(GATE)}\n{NOTE}'
+        daemon = self.serve(hook(command))
+        daemon.push(commit=sha(1))
+        first = int(daemon.wait_for("pids"))
+        daemon.kill()
+        self.assertTrue(alive(first), "the run must survive its daemon for this test to mean much")
+        daemon.start()
+        self.wait_for_attempts(daemon, 2)
+        self.assertFalse(alive(first))
+        daemon.open_gate()
+        target = daemon.settled()
+        self.assertEqual((target["state"], target["run"]), ("ok", 1))
+        self.assertEqual(daemon.seen(), [sha(1)])
+        self.assert_never_overlapped(daemon)
+
+    def test_a_run_cut_off_twice_stays_interrupted(self):
+        daemon = self.serve(hook('echo $$ >> "$HOME/pids"\n' + GATE))
+        daemon.push()
+        for attempt in (1, 2):
+            self.wait_for_attempts(daemon, attempt)
+            daemon.kill()
+            daemon.start()
+        self.assertEqual(daemon.settled()["state"], "interrupted")
+        self.assertEqual(len(daemon.read("pids").split()), 2)
+        self.assertEqual(daemon.hookd("status").code, 1)
+
+    def wait_for_attempts(self, daemon, number):
+        daemon.wait(lambda: len(daemon.read("pids").split()) == number, f"attempt {number}")
+
+    def test_a_command_that_kills_its_daemon_does_not_do_so_for_ever(self):
+        daemon = self.serve(hook('echo x >> "$HOME/tries"; kill -9 $PPID; sleep 300'))
+        daemon.push()
+        for _ in range(2):
+            daemon.ended()
+            daemon.start()
+        self.assertEqual(daemon.settled()["state"], "interrupted")
+        self.assertEqual(daemon.read("tries").split(), ["x", "x"])
+        self.assert_answer(daemon.push("other"), 200)
+
+    def test_crashes_under_load_lose_nothing_and_overlap_nothing(self):
+        daemon = self.serve(hook(alone(NOTE + '\nsleep 0.05\necho "$HOOKD_COMMIT" >> "$HOME/done"'),
+                                 "*", queue="newest"), jobs=4)
+        newest = {}
+        for crash in range(5):
+            for number in range(12):
+                branch = f"b{number % 4}"
+                commit = sha((crash, number))
+                self.assert_answer(daemon.push(branch, commit), 202)
+                newest[branch] = commit
+            daemon.kill()
+            daemon.start()
+        targets = daemon.settle()
+        done = daemon.read("done").split()
+        for branch, commit in newest.items():
+            with self.subTest(branch):
+                self.assertIn(commit, done)
+                self.assertEqual(targets["octo/site", branch]["commit"], commit)
+                self.assertEqual(targets["octo/site", branch]["state"], "ok")
+        self.assert_never_overlapped(daemon)
+
+    def test_a_stale_lock_file_stops_nobody(self):
+        daemon = self.serve(hook(NOTE))
+        daemon.push()
+        daemon.settle()
+        daemon.kill()
+        locks = list((daemon.state / "locks").iterdir())
+        self.assertTrue(locks, "a lock file stays where it is")
+        for lock in locks:
+            lock.write_text(f"{os.getpid()} 1\n")
+        daemon.start()
+        daemon.push(commit=sha(2))
+        daemon.settle()
+        self.assertEqual(len(daemon.seen()), 2)
+
+    def test_a_state_of_a_newer_hookd_is_left_alone(self):
+        daemon = self.serve(hook("true"))
+        daemon.stop()
+        with closing(sqlite3.connect(daemon.state / "hookd.db")) as store:
+            self.assertGreater(store.execute("PRAGMA user_version").fetchone()[0], 0)
+            store.execute("PRAGMA user_version = 999")
+        for verb in ("serve", "status"):
+            with self.subTest(verb):
+                told = daemon.hookd(verb)
+                self.assertNotEqual(told.code, 0)
+                self.assertIn("hookd.db", told.err)
+                self.assertNotIn("Traceback", told.err)
+
+    def test_a_damaged_database_is_told_by_name(self):
+        daemon = self.prepare(hook("true"))
+        daemon.state.mkdir(mode=0o700)
+        (daemon.state / "hookd.db").write_bytes(b"this is no database" * 1000)
+        told = daemon.hookd("serve")
+        self.assertNotEqual(told.code, 0)
+        self.assertIn("hookd.db", told.err)
+        self.assertNotIn("Traceback", told.err)
+
+    def test_the_database_is_durable_and_kept_whole(self):
+        daemon = self.serve(hook("true"))
+        with closing(sqlite3.connect(daemon.state / "hookd.db")) as store:
+            self.assertEqual(store.execute("PRAGMA journal_mode").fetchone()[0], "wal")
+            self.assertEqual(store.execute("PRAGMA integrity_check").fetchone()[0], "ok")
+
+    def test_a_clock_set_back_loses_no_push(self):
+        daemon = self.serve(hook(NOTE))
+        future = int(time.time()) + 10 * 365 * 86400
+        daemon.push(commit=sha(1), repository=repository_of(pushed_at=future))
+        daemon.settle()
+        daemon.push(commit=sha(2), repository=repository_of(pushed_at=future + 1))
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(1), sha(2)])
+
+
+# ---------------------------------------------------------------- Signals
+
+
+class Signals(Case):
+    """SIGTERM, SIGINT, SIGHUP, and what systemd hears and hands over."""
+
+    def serve_running(self, *sections, **keys):
+        """Return a daemon in the middle of run 1 of main, which ends when the gate opens."""
+        daemon = self.serve(hook('touch "$HOME/begun"\n' + GATE + "\n" + NOTE), *sections, **keys)
+        daemon.push(commit=sha(1))
+        daemon.wait((self.home / "begun").exists, "run 1")
+        return daemon
+
+    def test_an_idle_daemon_ends_at_once_with_0(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                daemon = self.serve(hook("true"), state=self.home / number.name)
+                began = time.monotonic()
+                self.assertEqual(daemon.stop(number), 0)
+                self.assertLess(time.monotonic() - began, 5)
+
+    def test_a_running_command_is_let_finish_while_deliveries_are_kept(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                self.check_drain(number)
+
+    def check_drain(self, number):
+        for name in ("gate", "begun", "seen"):
+            with suppress(FileNotFoundError):
+                (self.home / name).unlink()
+        daemon = self.serve_running(hook(NOTE, "dev"), state=self.home / number.name)
+        known = len(daemon.log)
+        daemon.tell(number)
+        daemon.wait(lambda: len(daemon.log) > known, "word of the signal")
+        self.assert_answer(daemon.push("dev", sha("while it ends")), 202)
+        self.assertIsNone(daemon.process.poll())
+        daemon.open_gate()
+        self.assertEqual(daemon.ended(), 0)
+        self.assertEqual(daemon.seen(), [sha(1)], "nothing new may start")
+        daemon.start()
+        self.assertEqual(daemon.settled()["state"], "ok")
+        self.assertEqual(daemon.seen(), [sha(1), sha("while it ends")])
+        daemon.kill()
+
+    def test_a_second_signal_ends_running_commands_and_they_run_again(self):
+        daemon = self.serve_running()
+        daemon.tell(signal.SIGTERM)
+        daemon.wait_for_log("(?i)finish|drain|wait|ending|stopping")
+        daemon.tell(signal.SIGTERM)
+        self.assertEqual(daemon.ended(), 0)
+        self.assertEqual(daemon.descendants(), [])
+        self.assertEqual(daemon.states(), {1: "interrupted"})
+        daemon.open_gate()
+        daemon.start()
+        target = daemon.settled()
+        self.assertEqual((target["run"], target["state"]), (1, "ok"))
+        self.assertEqual(daemon.seen(), [sha(1)])
+
+    def test_hangup_reads_the_ini_again(self):
+        daemon = self.serve(hook(NOTE))
+        self.assert_answer(daemon.push("dev"), 200)
+        daemon.reload(self.ini(hook(NOTE, "dev")))
+        daemon.wait(lambda: daemon.push("dev").status == 202, "the new hook")
+        self.assert_answer(daemon.push("main"), 200, "ignored")
+        self.assertIsNone(daemon.process.poll())
+
+    def test_a_bad_ini_is_told_at_a_reload_and_the_old_one_stays(self):
+        daemon = self.serve(hook(NOTE))
+        daemon.reload(self.ini(hook(NOTE, "main", timout="5m"), hook(NOTE, "dev")))
+        daemon.wait_for_log("did you mean timeout")
+        self.assert_answer(daemon.push("main"), 202)
+        self.assert_answer(daemon.push("dev"), 200, "ignored")
+        daemon.ini.unlink()
+        known = len(daemon.log)
+        daemon.tell(signal.SIGHUP)
+        daemon.wait_for_log("hookd.ini", known)
+        self.assert_answer(daemon.push("main"), 202)
+
+    def test_a_reload_disturbs_neither_runs_nor_connections(self):
+        daemon = self.serve_running()
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            raw = request(push_of(commit=sha(2)))
+            one.sendall(raw[:50])
+            known = len(daemon.log)
+            daemon.tell(signal.SIGHUP)
+            daemon.wait(lambda: len(daemon.log) > known, "word of the reload")
+            one.sendall(raw[50:])
+            self.assert_answer(read_answer(stream), 202)
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(1), sha(2)])
+
+    def test_a_secret_is_replaced_by_a_reload(self):
+        daemon = self.serve(hook("true"), secret="old")
+        daemon.reload(self.ini(hook("true"), secret="new"))
+        daemon.wait(lambda: daemon.post(push_of(), secret="new").status == 202, "the new secret")
+        self.assert_answer(daemon.post(push_of(), secret="old"), 403)
+
+    def test_a_second_daemon_on_one_state_says_who_holds_it(self):
+        daemon = self.serve(hook("true"))
+        told = daemon.hookd("serve")
+        self.assertNotEqual(told.code, 0)
+        self.assertIn(str(daemon.process.pid), told.err)
+        self.assertIn(str(daemon.state), told.err)
+        self.assert_answer(daemon.push(), 202)
+
+    def test_a_listen_that_is_taken_is_told(self):
+        daemon = self.serve(hook("true"))
+        other = self.home / "other"
+        other.mkdir()
+        second = Daemon(other, self.ini(hook("true"), listen=daemon.address, state=other / "state"))
+        told = second.hookd("serve")
+        self.assertNotEqual(told.code, 0)
+        self.assertIn(daemon.address, told.err)
+        self.assertNotIn("Traceback", told.err)
+
+    def systemd(self):
+        systemd = Systemd(self.home)
+        self.addCleanup(systemd.close)
+        return systemd
+
+    def test_systemd_hears_what_the_daemon_does(self):
+        systemd = self.systemd()
+        daemon = self.serve(hook(NOTE), variables={"NOTIFY_SOCKET": systemd.path,
+                                                     "WATCHDOG_USEC": "400000"})
+        daemon.wait(lambda: systemd.count("READY=1"), "READY=1")
+        daemon.wait(lambda: systemd.count("STATUS="), "STATUS=")
+        daemon.wait(lambda: systemd.count("WATCHDOG=1") >= 3, "the watchdog to be fed")
+        daemon.tell(signal.SIGHUP)
+        daemon.wait(lambda: systemd.count("READY=1") >= 2, "READY=1 after the reload")
+        self.assertEqual(systemd.count("MONOTONIC_USEC="), systemd.count("RELOADING=1"))
+        self.assertEqual(daemon.stop(), 0)
+        daemon.wait(lambda: systemd.count("STOPPING=1"), "STOPPING=1")
+
+    def test_a_crash_refuses_no_connection_because_systemd_keeps_the_socket(self):
+        systemd = self.systemd()
+        daemon = self.serve(hook(NOTE), variables={"NOTIFY_SOCKET": systemd.path})
+        daemon.wait(lambda: systemd.listen() and systemd.sockets, "the socket to be handed over")
+        self.assertTrue(any("FDSTORE=1" in one and "FDNAME=hookd" in one
+                            for one in systemd.heard), systemd.heard)
+        daemon.kill()
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            one.sendall(request(push_of(commit=sha("while it was dead"))))
+            daemon.start(systemd.sockets[:1], "hookd")
+            self.assert_answer(read_answer(stream), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("while it was dead")])
+
+    def test_a_kept_socket_is_dropped_when_listen_has_changed(self):
+        path = self.home / "hookd.sock"
+        with socket.create_server(("127.0.0.1", 0)) as kept:
+            daemon = self.prepare(hook("true"), listen=f"unix:{path}")
+            daemon.start([kept], "hookd")
+            self.assertEqual(daemon.address, f"unix:{path}")
+            self.assert_answer(daemon.push(), 202)
+
+    def test_a_socket_unit_is_used_as_it_is(self):
+        path = str(self.home / "unit.sock")
+        with socket.create_server(("127.0.0.1", 0)) as tcp, closing(
+                socket.socket(socket.AF_UNIX)) as unix:
+            unix.bind(path)
+            unix.listen()
+            daemon = self.prepare(hook("true"))
+            daemon.start([tcp, unix], "hookd.socket:hookd.socket")
+            for address in (f"127.0.0.1:{tcp.getsockname()[1]}", f"unix:{path}"):
+                with self.subTest(address):
+                    daemon.address = address
+                    self.assert_answer(daemon.push(), 202)
+
+    def test_sockets_meant_for_another_process_are_left_alone(self):
+        daemon = self.serve(hook("true"), variables={"LISTEN_FDS": "1", "LISTEN_PID": "1",
+                                                       "LISTEN_FDNAMES": "hookd"})
+        self.assert_answer(daemon.push(), 202)
+
+    def test_a_command_that_ends_its_own_daemon_is_run_again_once_at_most(self):
+        daemon = self.serve(hook('echo x >> "$HOME/tries"\nkill $PPID; sleep 1; kill $PPID; '
+                                 "sleep 9"))
+        daemon.push()
+        self.assertEqual(daemon.ended(), 0)
+        daemon.start()
+        self.assertEqual(daemon.ended(), 0)
+        daemon.start()
+        self.assertEqual(daemon.settled()["state"], "interrupted")
+        self.assertEqual(daemon.read("tries").split(), ["x", "x"])
+
+
+# ---------------------------------------------------------------- Command line
+
+
+class CommandLine(Case):
+    """Each verb, and how it exits."""
+
+    VERBS = ("serve", "check", "run", "send", "status", "log", "secret")
+
+    def test_help_and_version_need_no_ini(self):
+        daemon = self.prepare()
+        daemon.ini.unlink()
+        for arguments in (["--help"], *([verb, "--help"] for verb in self.VERBS)):
+            with self.subTest(arguments):
+                told = daemon.hookd(*arguments)
+                self.assertEqual(told.code, 0, told.err)
+                self.assertIn("usage: ", told.out)
+        self.assertRegex(daemon.hookd("--version").out, r"hookd .*\d")
+
+    def test_a_wrong_command_line_exits_2(self):
+        daemon = self.prepare(hook("true"))
+        for arguments in (["deploy"], ["run"], ["run", "octo/site"], ["send", "--nonsense"],
+                          ["status", "extra"], ["--nonsense"]):
+            with self.subTest(arguments):
+                told = daemon.hookd(*arguments)
+                self.assertEqual(told.code, 2, told)
+                self.assertIn("usage: ", told.err)
+
+    def test_the_ini_beside_hookd_is_the_default(self):
+        shutil.copy(HOOKD, self.home / "hookd.py")
+        daemon = self.prepare(hook("true", "a-branch-of-its-own"))
+        done = subprocess.run([sys.executable, str(self.home / "hookd.py"), "check"], cwd="/",
+                              env=daemon.environment, capture_output=True, check=True)
+        self.assertIn(b"a-branch-of-its-own", done.stdout)
+
+    def test_check_online_asks_each_remote(self):
+        origin = Repository(self.home / "origin")
+        origin.commit(page="one")
+        here = section("octo/site main", git=origin.path)
+        nowhere = section("octo/site dev", git=self.home / "nowhere")
+        self.assertEqual(self.prepare(here).hookd("check", "--online").code, 0)
+        daemon = self.prepare(here, nowhere)
+        self.assertEqual(daemon.hookd("check").code, 0)
+        told = daemon.hookd("check", "--online")
+        self.assertEqual(told.code, 78)
+        self.assertRegex(told.err + told.out, r"\[octo/site dev\] git: .*nowhere")
+
+    def test_run_is_in_the_foreground_and_exits_as_the_command_did(self):
+        daemon = self.prepare(*(hook(f"echo this is it; {command}", f"b{number}", timeout="1s")
+                                for number, (command, _) in enumerate(self.EXITS)))
+        for number, (command, code) in enumerate(self.EXITS):
+            with self.subTest(command):
+                told = daemon.hookd("run", "octo/site", f"b{number}")
+                self.assertEqual(told.code, code, told)
+                self.assertIn("this is it", told.out)
+        self.assertEqual(len(daemon.targets()), len(self.EXITS))
+        self.assertIn("this is it", daemon.hookd("log", "1").out)
+
+    EXITS = (("true", 0), ("exit 7", 7), ("kill -9 $$", 137), ("sleep 60", 124))
+
+    def test_run_waits_for_the_run_of_the_daemon(self):
+        daemon = self.serve(hook(alone(BRIEFLY) + NOTE))
+        with ThreadPoolExecutor(3) as pool:
+            daemon.push(commit=sha(1))
+            told = list(pool.map(lambda _: daemon.hookd("run", "octo/site", "main"), range(2)))
+            daemon.push(commit=sha(2))
+        self.assertEqual([one.code for one in told], [0, 0])
+        daemon.settle()
+        self.assertGreaterEqual(len(daemon.read("seen").splitlines()), 3)
+        self.assert_never_overlapped(daemon)
+
+    def test_run_deploys_the_newest_commit_without_a_push(self):
+        origin = Repository(self.home / "origin")
+        newest = origin.commit(page="one")
+        daemon = self.prepare(hook(NOTE, git=origin.path, directory=self.home / "live"))
+        self.assertEqual(daemon.hookd("run", "octo/site", "main").code, 0)
+        self.assertEqual((daemon.seen(), daemon.read("live/page")), ([newest], "one"))
+        self.assertEqual(daemon.targets()["octo/site", "main"]["commit"], newest)
+
+    def test_run_and_send_of_what_no_hook_matches_say_so(self):
+        daemon = self.serve(hook("true"))
+        for verb in ("run", "send"):
+            with self.subTest(verb):
+                told = daemon.hookd(verb, "octo/site", "dev")
+                self.assertEqual(told.code, 1)
+                self.assertIn("octo/site dev", told.out + told.err)
+                self.assertNotIn("Traceback", told.err)
+
+    def test_send_prints_the_answer_and_exits_by_it(self):
+        daemon = self.serve(hook(NOTE + '; echo "$HOOKD_PUSHER" > "$HOME/who"'))
+        table = (((), 0, "queued run 1: octo/site main"),
+                 (("--event", "ping"), 0, "pong"), (("--event", "delete"), 1, "ignored"),
+                 (("--event", "workflow_run"), 1, "ignored"),
+                 (("--event", "release"), 1, "ignored"),
+                 (("--commit", sha("given")), 0, sha("given")[:7]))
+        for arguments, code, text in table:
+            with self.subTest(arguments):
+                told = daemon.hookd("send", "octo/site", "main", *arguments)
+                self.assertEqual(told.code, code, told)
+                self.assertIn(text, told.out)
+        daemon.settle()
+        self.assertEqual(daemon.seen()[-1], sha("given"))
+
+    def test_send_wait_follows_the_run_and_exits_by_its_outcome(self):
+        daemon = self.serve(*(hook(f"echo this is it; {command}", f"b{number}", timeout="1s")
+                              for number, (command, _) in enumerate(self.EXITS)))
+        for number, (command, code) in enumerate(self.EXITS):
+            with self.subTest(command):
+                told = daemon.hookd("send", "--wait", "octo/site", f"b{number}")
+                self.assertEqual(told.code, code, told)
+                self.assertIn("this is it", told.out)
+
+    def test_send_sends_the_other_events_too(self):
+        daemon = self.serve(hook(NOTE, "main", event="workflow_run"),
+                            hook(NOTE, "v*", event="release"),
+                            hook("true", "topic", on_delete='touch "$HOME/gone"'))
+        for branch, event in (("main", "workflow_run"), ("v1", "release"), ("topic", "delete")):
+            with self.subTest(event):
+                told = daemon.hookd("send", "--wait", "--event", event, "octo/site", branch)
+                self.assertEqual(told.code, 0, told)
+        self.assertEqual(len(daemon.seen()), 2)
+        self.assertTrue((self.home / "gone").exists())
+
+    def test_send_without_a_daemon_says_that_none_answers(self):
+        daemon = self.serve(hook("true"))
+        daemon.kill()
+        told = daemon.hookd("send", "octo/site", "main")
+        self.assertEqual(told.code, 1)
+        self.assertIn(daemon.address, told.err)
+        self.assertNotIn("Traceback", told.err)
+
+    def test_send_finds_a_daemon_on_a_unix_socket(self):
+        daemon = self.serve(hook(NOTE), listen=f"unix:{self.home}/hookd.sock", path="/hook-1f2e")
+        self.assertEqual(daemon.hookd("send", "--wait", "octo/site", "main").code, 0)
+        self.assertEqual(len(daemon.seen()), 1)
+
+    def test_status_is_a_table_for_people_and_its_exit_status_for_programs(self):
+        daemon = self.serve(hook("true"), hook("exit 3", "a-branch-with-a-rather-long-name"))
+        told = daemon.hookd("status")
+        self.assertEqual(told.code, 0, "nothing has run, so nothing has failed")
+        daemon.push(commit=sha(1))
+        daemon.settle()
+        self.assertEqual(daemon.hookd("status").code, 0)
+        daemon.push("a-branch-with-a-rather-long-name", sha(2))
+        daemon.settle()
+        told = daemon.hookd("status")
+        self.assertEqual(told.code, 1)
+        self.assertEqual(daemon.hookd("status", "--json").code, 1)
+        for word in ("octo/site", "main", "ok", "failed", sha(1)[:7], sha(2)[:7]):
+            self.assertIn(word, told.out)
+        self.assertLessEqual(max(map(len, told.out.splitlines())), 80)
+
+    def test_status_json_has_the_documented_members(self):
+        daemon = self.serve(hook(GATE))
+        began = int(time.time())
+        daemon.post(push_of(commit=sha(1)))
+        daemon.wait_for_run(1)
+        daemon.push(commit=sha(2))
+        target = daemon.targets()["octo/site", "main"]
+        self.assertEqual(set(target), {
+            "repo", "ref", "branch", "hook", "directory", "run", "state", "event", "commit",
+            "began", "ended", "duration", "exit", "last_good", "running", "waiting"})
+        self.assertEqual((target["running"], target["waiting"]), (1, [2]))
+        self.assertEqual((target["ended"], target["exit"], target["last_good"]), (None,) * 3)
+        daemon.open_gate()
+        target = daemon.settled()
+        expected = {"repo": "octo/site", "ref": "refs/heads/main", "branch": "main",
+                    "hook": "octo/site main", "run": 2, "state": "ok", "event": "push",
+                    "commit": sha(2), "exit": 0, "last_good": sha(2), "running": None,
+                    "waiting": [], "directory": str(daemon.state / "work/octo/site/main")}
+        self.assertEqual({name: target[name] for name in expected}, expected)
+        self.assertTrue(began - 1 <= target["began"] <= target["ended"] <= time.time() + 1)
+        self.assertAlmostEqual(target["duration"], target["ended"] - target["began"], delta=1.1)
+
+    def test_status_and_log_work_without_a_daemon(self):
+        daemon = self.serve(hook("echo words that last"))
+        daemon.push()
+        daemon.settle()
+        daemon.kill()
+        self.assertEqual(daemon.hookd("status").code, 0)
+        for arguments in ((), ("1",), ("octo/site", "main")):
+            with self.subTest(arguments):
+                self.assertIn("words that last", daemon.hookd("log", *arguments).out)
+
+    def test_log_of_what_never_ran_says_so(self):
+        daemon = self.serve(hook("true"))
+        for arguments in ((), ("7",), ("octo/site", "main"), ("octo/site", "dev"), ("-1",)):
+            with self.subTest(arguments):
+                told = daemon.hookd("log", *arguments)
+                self.assertNotEqual(told.code, 0)
+                self.assertNotIn("Traceback", told.err)
+
+    def test_log_follows_a_run_and_ends_when_it_ends(self):
+        daemon = self.serve(hook(f"echo the beginning\n{GATE}\necho the end"))
+        daemon.push()
+        daemon.wait(lambda: "the beginning" in daemon.output(1), "the first words")
+        command = [sys.executable, str(HOOKD), "-c", str(daemon.ini), "log", "-f"]
+        follower = subprocess.Popen(command, env=daemon.environment, stdout=subprocess.PIPE)
+        with follower, follower.stdout:
+            self.assertEqual(follower.stdout.readline(), b"the beginning\n")
+            self.assertIsNone(follower.poll())
+            daemon.open_gate()
+            self.assertEqual(follower.stdout.read(), b"the end\n")
+        self.assertEqual(follower.returncode, 0)
+
+    def test_secret_is_made_once_and_printed_again(self):
+        daemon = self.prepare(hook(NOTE), secret=None)
+        told = daemon.hookd("secret")
+        self.assertEqual(told.code, 0)
+        secret = told.out.strip()
+        self.assertGreaterEqual(len(secret), 32)
+        self.assertEqual(daemon.hookd("secret").out.strip(), secret)
+        daemon.start()
+        self.assert_answer(daemon.post(push_of(), secret=secret), 202)
+        self.assertNotIn(secret, daemon.log)
+
+    def test_two_states_have_two_secrets(self):
+        secrets = [self.prepare(hook("true"), secret=None, state=self.home / name).hookd(
+            "secret").out for name in ("a", "b")]
+        self.assertNotEqual(*secrets)
+
+    def test_a_reader_who_leaves_early_sees_no_traceback(self):
+        daemon = self.serve(hook("head -c 900000 /dev/zero | tr '\\0' 'x'"))
+        daemon.push()
+        daemon.settle()
+        verb = shlex.join([sys.executable, str(HOOKD), "-c", str(daemon.ini), "log"])
+        done = subprocess.run(["sh", "-c", verb + " | head -c 10"], env=daemon.environment,
+                              capture_output=True, check=True)
+        self.assertEqual(done.stderr, b"")
+
+    def test_on_a_terminal_the_log_goes_there(self):
+        daemon = self.prepare(hook("true"), log="auto")
+        master, slave = pty.openpty()
+        command = [sys.executable, str(HOOKD), "-c", str(daemon.ini)]
+        daemon.process = subprocess.Popen(command, env=daemon.environment, stdin=slave,
+                                          stdout=slave, stderr=slave)
+        os.close(slave)
+        heard = os.read(master, 4096)
+        os.close(master)
+        self.assertRegex(heard, b"hookd|listening")
+
+    @unittest.skipIf(Path("/dev/log").exists(), "a syslog answers on this machine")
+    def test_where_no_syslog_answers_the_log_goes_to_standard_error(self):
+        daemon = self.serve(hook("true"), log="auto")
+        daemon.push()
+        daemon.settle()
+        self.assertIn("octo/site", daemon.log)
+
+    def test_a_state_of_someone_else_is_told_with_sudo(self):
+        daemon = self.prepare(hook("true"))
+        daemon.state.mkdir()
+        daemon.state.chmod(0)
+        more = {}
+        if os.geteuid() == 0:
+            self.open_to_nobody()
+            more = {"user": NOBODY, "group": NOBODY}
+        for verb in ("status", "log"):
+            with self.subTest(verb):
+                told = daemon.hookd(verb, **more)
+                self.assertNotEqual(told.code, 0)
+                self.assertIn("sudo", told.err)
+                self.assertNotIn("Traceback", told.err)
+        daemon.state.chmod(0o700)
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root becomes another")
+    def test_root_becomes_the_owner_of_the_state(self):
+        self.open_to_nobody()
+        daemon = self.prepare(hook('id -u >> "$HOME/who"', directory=self.home / "state/work"))
+        daemon.state.mkdir(mode=0o700)
+        os.chown(daemon.state, NOBODY, NOBODY)
+        self.home.chmod(0o777)
+        daemon.start()
+        daemon.push()
+        daemon.settle()
+        self.assertEqual(daemon.hookd("run", "octo/site", "main").code, 0)
+        daemon.hookd("status")
+        self.assertEqual(daemon.read("who").split(), [str(NOBODY)] * 2)
+        owners = {one.lstat().st_uid for one in daemon.state.rglob("*")}
+        self.assertEqual(owners, {NOBODY})
+
+    def open_to_nobody(self):
+        """Let user nobody reach the test's directory, and skip where it cannot reach Python."""
+        self.home.chmod(0o755)
+        try:
+            subprocess.run([sys.executable, str(HOOKD), "--version"], user=NOBODY, check=True,
+                           capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            self.skipTest("user nobody cannot read this Python or this folder")
+
+
+# ---------------------------------------------------------------- Hostile
+
+PUSH = json.dumps(push_of("hostile")).encode()
+CUT = -len(PUSH)
+
+
+def with_field(line, body=PUSH):
+    """Return a signed push with one more line, of raw bytes, in its head."""
+    return request(body).replace(b"\r\nHost:", b"\r\n" + line + b"\r\nHost:", 1)
+
+
+def with_length(value):
+    """Return a signed push whose Content-Length is the raw bytes `value`."""
+    return request(PUSH).replace(b"Content-Length: %d" % len(PUSH), b"Content-Length: " + value)
+
+
+def with_line(line):
+    """Return a signed push whose request line is the raw bytes `line`."""
+    return line + request(PUSH)[len(b"POST / HTTP/1.1"):]
+
+
+LENGTHS = {
+    "signed": (b"+%d" % len(PUSH), 400), "negative": (b"-1", 400), "nothing": (b"", (400, 411)),
+    "underscored": (b"1_0", 400), "hexadecimal": (b"0x10", 400), "a fraction": (b"5.0", 400),
+    "an exponent": (b"1e3", 400), "a list": (b"5, 5", 400), "a word": (b"five", 400),
+    "no-break space": (b"\xa05", 400), "Arabic digits": ("٥".encode(), 400),
+    "superscript": (b"\xb2", 400), "two words": (b"5 5", 400),
+    "a huge number": (b"9" * 30, (400, 413)), "very many digits": (b"9" * 5000, (400, 413, 431)),
+    "over the limit": (b"26214401", 413), "leading tab and NUL": (b"\t\0005", 400),
+    "less than the body": (b"%d" % (len(PUSH) - 1), 403), "zero": (b"0", 403)}
+
+LINES = {
+    "HTTP/0.9": (b"POST /", 400), "HTTP/0.9 in words": (b"POST / HTTP/0.9", 400),
+    "HTTP/2.0": (b"POST / HTTP/2.0", 400), "HTTP/1.2": (b"POST / HTTP/1.2", (400, 202)),
+    "HTTP/11": (b"POST / HTTP/11", 400), "HTTP/1.1.1": (b"POST / HTTP/1.1.1", 400),
+    "http/1.1": (b"POST / http/1.1", 400), "ICY": (b"POST / ICY/1.1", 400),
+    "no path": (b"POST HTTP/1.1", 400), "two spaces": (b"POST  / HTTP/1.1", 400),
+    "a tab": (b"POST\t/\tHTTP/1.1", 400), "a space first": (b" POST / HTTP/1.1", 400),
+    "a space last": (b"POST / HTTP/1.1 ", 400), "a space in the path": (b"POST /a b HTTP/1.1", 400),
+    "lower case": (b"post / HTTP/1.1", (400, 501)), "no name": (b" / HTTP/1.1", 400),
+    "a method of symbols": (b"P@ST / HTTP/1.1", (400, 501)),
+    "CONNECT": (b"CONNECT x:1 HTTP/1.1", (400, 404, 405)),
+    "an asterisk": (b"OPTIONS * HTTP/1.1", (400, 404, 405)),
+    "absolute form": (b"POST http://evil.test/x HTTP/1.1", (400, 404)),
+    "two slashes": (b"POST // HTTP/1.1", 404), "dots": (b"POST /.. HTTP/1.1", 404),
+    "dots in between": (b"POST /x/../ HTTP/1.1", 404), "encoded NUL": (b"POST /%00 HTTP/1.1", 404),
+    "encoded slash": (b"POST %2F HTTP/1.1", (400, 404)), "NUL": (b"POST /\0 HTTP/1.1", 400),
+    "controls": (b"POST /\x01\x1b[2J HTTP/1.1", 400), "DEL": (b"POST /\x7f HTTP/1.1", 400),
+    "bare CR": (b"POST /\rX HTTP/1.1", 400), "not ASCII": (b"POST /\xff HTTP/1.1", (400, 404)),
+    "a fragment": (b"POST /#x HTTP/1.1", (400, 404)),
+    "64 KB": (b"POST /" + b"x" * 65536 + b" HTTP/1.1", 414)}
+
+FIELDS = {
+    "no colon": (b"Nonsense", 400), "space before the colon": (b"X-Y : z", 400),
+    "no name": (b": x", 400), "folded": (b"X-Y: a\r\n b", 400), "folded first": (b" a: b", 400),
+    "bare CR": (b"X-Y: a\rX-Hub-Signature-256: b", 400), "bare LF": (b"X-Y: a\nX-Z: b", 400),
+    "NUL": (b"X-Y: a\0b", 400), "NUL in the name": (b"X\0Y: b", 400),
+    "a control": (b"X-Y: \x1b[2J", 400), "a name in Latin-1": (b"X-\xe9: a", 400),
+    "a name in brackets": (b"(X): a", 400),
+    "two signatures": (b"X-Hub-Signature-256: x", (400, 403)),
+    "two events": (b"X-GitHub-Event: ping", 400), "two lengths": (b"Content-Length: 5", 400),
+    "one length twice": (b"Content-Length: %d" % len(PUSH), 400),
+    "chunked beside a length": (b"Transfer-Encoding: chunked", 400),
+    "odd chunked beside a length": (b"Transfer-Encoding: xchunked", 400),
+    "two types": (b"Content-Type: text/plain", 400), "two hosts": (b"Host: b", 400),
+    "gzip": (b"Content-Encoding: gzip", 415),
+    "101 fields": (b"\r\n".join(b"X-%d: y" % number for number in range(101)), 431),
+    "one of 40 KB": (b"X-Y: " + b"z" * 40_000, 431),
+    "a name of 20 KB": (b"X" * 20_000 + b": y", 431),
+    "4 MB of them": (b"\r\n".join([b"X-Y: " + b"z" * 40_000] * 100), 431)}
+
+WHOLE = {
+    "a TLS hello": (bytes.fromhex("16030100c8010000c40303") + bytes(190), 400),
+    "an HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), (400, 501)),
+    "binary": (bytes(range(256)) * 4, (0, 400)), "empty lines": (b"\r\n" * 50, (0, 400)),
+    "an SSH client": (b"SSH-2.0-OpenSSH_9.2\r\n", (0, 400)),
+    "a head of LF": (request(PUSH)[:CUT].replace(b"\r\n", b"\n") + PUSH, 400),
+    "a head of CR": (request(PUSH)[:CUT].replace(b"\r\n", b"\r") + PUSH, (0, 400)),
+    "half a head": (request(PUSH)[:80], (0, 400)), "half a body": (request(PUSH)[:-9], (0, 400)),
+    "nothing": (b"", 0), "no type": (request(PUSH, Content_Type=None), 415),
+    "an image": (request(PUSH, Content_Type="image/png"), 415),
+    "several parts": (request(PUSH, Content_Type="multipart/form-data; boundary=x"), 415),
+    "JSON by another name": (request(PUSH, Content_Type="application/jsonp"), 415),
+    "a form that is JSON": (request(PUSH, Content_Type="application/x-www-form-urlencoded"), 400),
+    "chunked": (request(b"5\r\nhello\r\n0\r\n\r\n", Content_Length=None,
+                        Transfer_Encoding="chunked"), 411),
+    "chunked and gzip": (request(PUSH, Content_Length=None,
+                                 Transfer_Encoding="gzip, chunked"), (411, 501)),
+    "a wish that nobody grants": (request(PUSH, Expect="a miracle"), (202, 400, 417)),
+    "an upgrade": (request(PUSH, Connection="Upgrade", Upgrade="h2c"), 202)}
+
+FINE = {  # as unusual, and right
+    "a charset": request(PUSH, Content_Type="Application/JSON; charset=UTF-8"),
+    "space around a value": with_field(b"X-Y: \t a \t "),
+    "an empty value": with_field(b"X-Y:"),
+    "HTTP/1.0": with_line(b"POST / HTTP/1.0"),
+    "names in lower case": request(PUSH).replace(b"X-Hub-Signature", b"x-hub-signature").replace(
+        b"Content-Length", b"content-length")}
+
+
+class Hostile(Case):
+    """Whatever anyone sends: an answer from the table or a closed connection, and nothing runs."""
+
+    def test_every_request_is_answered_from_the_table_or_closed(self):
+        daemon = self.serve(hook(NOTE, "*"))
+        rows = {"length: " + name: (with_length(value), status)
+                for name, (value, status) in LENGTHS.items()}
+        rows.update(("line: " + name, (with_line(line), status))
+                    for name, (line, status) in LINES.items())
+        rows.update(("field: " + name, (with_field(line), status))
+                    for name, (line, status) in FIELDS.items())
+        rows.update(WHOLE)
+        for name, (raw, status) in rows.items():
+            with self.subTest(name):
+                began = time.monotonic()
+                self.assert_answer(daemon.exchange(raw, half_close=True), status)
+                self.assertLess(time.monotonic() - began, 9, "not answered but given up")
+        for name, raw in FINE.items():
+            with self.subTest(name):
+                self.assert_answer(daemon.exchange(raw), 202)
+        self.assert_answer(daemon.push("the-end"), 202)
+
+    def test_what_is_refused_is_answered_without_waiting_for_more(self):
+        daemon = self.serve(hook(NOTE, "*"))
+        for raw in (with_line(LINES["HTTP/2.0"][0]), with_field(FIELDS["no colon"][0]),
+                    with_length(LENGTHS["negative"][0]), WHOLE["a TLS hello"][0]):
+            with self.subTest(raw[:40]):
+                began = time.monotonic()
+                self.assert_answer(daemon.exchange(raw), 400)
+                self.assertLess(time.monotonic() - began, 9)
+
+    def test_a_reset_connection_is_nobodys_problem(self):
+        daemon = self.serve(hook(NOTE))
+        whole = request(push_of())
+        for end in (0, 10, 100, len(whole) - 1, len(whole)):
+            one = daemon.connect()
+            one.sendall(whole[:end])
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            one.close()
+        self.assert_answer(daemon.push(), 202)
+
+    def test_a_client_that_sends_byte_by_byte_in_time_is_served(self):
+        daemon = self.serve(hook(NOTE))
+        raw = request(push_of())
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for position in range(len(raw)):
+                one.sendall(raw[position:position + 1])
+            self.assert_answer(read_answer(stream), 202)
+
+    def test_many_slow_senders_do_not_delay_a_push(self):
+        daemon = self.serve(hook(NOTE))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        with ExitStack() as stack:
+            for number in range(min(300, soft // 3)):
+                one = stack.enter_context(closing(daemon.connect()))
+                one.sendall(request(PUSH)[:number + 1])
+            began = time.monotonic()
+            self.assert_answer(daemon.push(), 202)
+            self.assertLess(time.monotonic() - began, 5)
+
+    def test_bodies_in_flight_are_bounded_in_all(self):
+        daemon = self.serve(hook(NOTE))
+        large = request(b"", Content_Length=25_000_000) + b"x" * 9_000_000
+        with ExitStack() as stack:
+            held = [stack.enter_context(closing(daemon.connect())) for _ in range(6)]
+            for one in held:
+                one.settimeout(3)
+                with suppress(OSError):
+                    one.sendall(large)
+            self.assert_answer(daemon.push(), 202)
+            refused = []
+            for one in held:
+                one.setblocking(False)
+                with suppress(OSError):
+                    refused.append(one.recv(12))
+            self.assertIn(b"HTTP/1.1 503", refused)
+
+    def test_memory_and_descriptors_come_back_down(self):
+        daemon = self.serve(hook("true"))
+        self.assert_answer(daemon.push(), 202)
+        daemon.settle()
+        before = len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+        with ExitStack() as stack:
+            for _ in range(200):
+                stack.enter_context(closing(daemon.connect())).sendall(b"POST / HTTP/1.1\r\n")
+            self.assert_answer(daemon.push(), 202)
+        daemon.settle()
+        daemon.wait(lambda: len(os.listdir(f"/proc/{daemon.process.pid}/fd")) <= before + 2,
+                    "the descriptors to be closed")
+
+    def test_a_duplicate_key_is_read_in_one_way_only(self):
+        daemon = self.serve(hook(NOTE, "main"))
+        body = json.dumps(push_of("main", sha("last"))).encode()
+        twice = body[:-1] + b', "ref": "refs/heads/dev"}'
+        answer = daemon.post(twice)
+        self.assert_answer(answer, (200, 400))
+        self.assertEqual(daemon.targets(), {})
+
+    def test_numbers_that_are_none_are_refused_or_kept_out(self):
+        daemon = self.serve(hook(NOTE))
+        for number in (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-0", b"1" * 400):
+            with self.subTest(number[:9]):
+                body = json.dumps(push_of()).encode()
+                body = re.sub(rb'"pushed_at": \d+', b'"pushed_at": ' + number, body)
+                self.assert_answer(daemon.post(body), (202, 400, 200))
+        self.assert_answer(daemon.push(), 202)
+
+
+# ---------------------------------------------------------------- Promises
+
+
+class Promises(Case):
+    """The promises of the contract, each as one story."""
+
+    def test_nothing_is_parsed_logged_in_full_or_run_before_its_signature_is_verified(self):
+        daemon = self.serve(hook(NOTE))
+        mark = "a-mark-that-is-nowhere-else"
+        for body in (push_of(note=mark), b"[" * 50_000 + mark.encode(), mark.encode()):
+            for signature in (None, "sha256=" + "0" * 64, ""):
+                answer = daemon.post(body, X_Hub_Signature_256=signature)
+                self.assert_answer(answer, 403, "signature")
+        self.assert_answer(daemon.push(), 202)
+        daemon.settle()
+        self.assertEqual(len(daemon.seen()), 1)
+        self.assertNotIn(mark, daemon.log)
+        stored = b"".join(one.read_bytes() for one in daemon.state.rglob("*") if one.is_file())
+        self.assertNotIn(mark.encode(), stored)
+
+    def test_a_push_answered_202_is_deployed_or_its_failure_is_told(self):
+        daemon = self.serve(hook(NOTE, "*", queue="every"), jobs=2)
+        accepted = []
+        for number in range(24):
+            commit = sha(number)
+            if daemon.push(f"b{number % 3}", commit).status == 202:
+                accepted.append(commit)
+            if number % 8 == 7:
+                daemon.kill()
+                daemon.start()
+        daemon.settle()
+        self.assertEqual(len(accepted), 24)
+        self.assertEqual(set(accepted) - set(daemon.seen()), set())
+        self.assertEqual(set(daemon.states().values()), {"ok"})
+
+    def test_two_runs_never_work_in_one_directory_whoever_started_them(self):
+        daemon = self.serve(hook(alone("sleep 0.1") + NOTE))
+        with ThreadPoolExecutor(6) as pool:
+            runs = [pool.submit(daemon.hookd, "run", "octo/site", "main") for _ in range(3)]
+            for number in range(6):
+                daemon.push(commit=sha(number))
+            daemon.kill()
+            daemon.start()
+            for run in runs:
+                self.assertEqual(run.result().code, 0)
+        daemon.settle()
+        self.assert_never_overlapped(daemon)
+        self.assertEqual(daemon.seen().count(""), 0)
+        self.assertIn(sha(5), daemon.seen())
+
+    def test_a_late_repeated_or_replayed_delivery_never_brings_old_code_back(self):
+        origin = Repository(self.home / "origin")
+        old = origin.commit(page="old")
+        daemon = self.serve(hook(NOTE, git=origin.path, directory=self.home / "live"))
+        replay = request(push_of(commit=old))
+        self.assert_answer(daemon.exchange(replay), 202)
+        daemon.settle()
+        new = origin.commit(page="new")
+        self.assert_answer(daemon.push(commit=new), 202)
+        daemon.settle()
+        self.assert_answer(daemon.exchange(replay), (200, 202))
+        daemon.settle()
+        self.assertEqual(daemon.read("live/page"), "new")
+        self.assertNotIn(old, daemon.seen()[1:])
+
+    def test_a_run_ends_with_its_whole_process_group(self):
+        command = 'for number in 1 2 3; do (sleep 300; true) & done\n'
+        daemon = self.serve(hook(command + "sleep 300", "a", timeout="1s"), hook(command, "b"),
+                            hook(command + "exit 1", "c"), jobs=3)
+        for branch in "abc":
+            daemon.push(branch)
+        targets = daemon.settle()
+        states = [targets["octo/site", branch]["state"] for branch in "abc"]
+        self.assertEqual(states, ["timeout", "ok", "failed"])
+        daemon.wait(lambda: daemon.descendants() == [daemon.process.pid], "all of them to end")
+
+    def test_one_file_and_python_are_enough(self):
+        shutil.copy(HOOKD, self.home / "only.py")
+        daemon = self.prepare(hook(NOTE))
+        command = [sys.executable, "-I", "-S", str(self.home / "only.py"), "-c", str(daemon.ini)]
+        daemon.process = daemon.spawn(command)
+        found = daemon.wait_for_log(r"listening on (\S+)")
+        daemon.address = found.group(1)
+        self.assert_answer(daemon.push(), 202)
+        self.assertEqual(daemon.wait_for("seen").split(), [sha("commit")])
+
+
+# ---------------------------------------------------------------- House
+
+
+class House(unittest.TestCase):
+    """The rules of style.md that a machine can check, and that page and program say the same."""
+
+    BROAD = ("Exception", "BaseException")
+    LONGEST = 1600
+
+    def setUp(self):
+        self.lines = HOOKD.read_text().splitlines()
+        self.tree = ast.parse(HOOKD.read_text())
+        self.functions = [node for node in ast.walk(self.tree)
+                          if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+    def code_lines(self, function):
+        """Count the lines of a function that are neither blank, comment nor docstring."""
+        wanted = set(range(function.lineno, function.end_lineno + 1))
+        if ast.get_docstring(function):
+            wanted -= set(range(function.body[0].lineno, function.body[0].end_lineno + 1))
+        texts = (self.lines[number - 1].strip() for number in wanted)
+        return sum(1 for text in texts if text and not text.startswith("#"))
+
+    def test_hookd_stays_one_file_of_a_size_to_read(self):
+        self.assertLessEqual(len(self.lines), self.LONGEST)
+
+    def test_lines_have_at_most_100_columns(self):
+        for path in (HOOKD, HERE / "test_hookd.py"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                with self.subTest(file=path.name, line=number):
+                    self.assertLessEqual(len(line), 100)
+
+    def test_functions_are_short_and_have_few_parameters(self):
+        for function in self.functions:
+            with self.subTest(function.name):
+                self.assertLessEqual(self.code_lines(function), 40)
+                arguments = function.args
+                names = [one.arg for one in (*arguments.posonlyargs, *arguments.args,
+                                             *arguments.kwonlyargs)]
+                self.assertLessEqual(len([one for one in names if one not in ("self", "cls")]), 5)
+        sizes = sorted(map(self.code_lines, self.functions))
+        self.assertLessEqual(sizes[len(sizes) // 2], 10)
+
+    def test_only_the_standard_library_is_imported(self):
+        known = getattr(sys, "stdlib_module_names", None)
+        if known is None:
+            self.skipTest("this Python does not list its library")
+        for node in ast.walk(self.tree):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                self.assertEqual(node.level, 0)
+                names = [node.module]
+            for name in names:
+                self.assertIn(name.partition(".")[0], known)
+
+    def test_there_is_no_global_and_no_bare_or_broad_except_but_at_a_threads_root(self):
+        roots = {node.attr if isinstance(node, ast.Attribute) else node.id
+                 for call in ast.walk(self.tree) if isinstance(call, ast.Call)
+                 for key in call.keywords if key.arg == "target"
+                 for node in [key.value]} | set(self.MAIN_ROOTS)
+        for function in self.functions:
+            for node in ast.walk(function):
+                self.assertNotIsInstance(node, ast.Global, function.name)
+                if isinstance(node, ast.ExceptHandler) and self.is_broad(node):
+                    self.assertIn(function.name, roots, f"line {node.lineno}")
+
+    MAIN_ROOTS = ("serve", "main")
+
+    def is_broad(self, handler):
+        caught = handler.type
+        names = caught.elts if isinstance(caught, ast.Tuple) else [caught]
+        return any(name is None or getattr(name, "id", "") in self.BROAD for name in names)
+
+    def test_what_is_public_says_what_it_is(self):
+        for node in ast.walk(self.tree):
+            if isinstance(node, (ast.ClassDef, ast.Module)):
+                with self.subTest(getattr(node, "name", "hookd")):
+                    self.assertTrue(ast.get_docstring(node))
+        for node in self.tree.body:
+            if isinstance(node, ast.FunctionDef):
+                with self.subTest(node.name):
+                    self.assertTrue(ast.get_docstring(node))
+
+    def test_judgement_opens_no_file_socket_or_clock(self):
+        start, end = self.part("judgement")
+        forbidden = {"open", "os", "socket", "time", "subprocess", "threading", "sqlite3", "Path",
+                     "logging", "log", "random", "tempfile", "input", "print", "selectors"}
+        for node in ast.walk(self.tree):
+            if start <= getattr(node, "lineno", 0) < end and isinstance(node, ast.Name):
+                self.assertNotIn(node.id, forbidden, f"line {node.lineno}")
+
+    def part(self, name):
+        """Return the first line of a part, and of the part after it, by their banners."""
+        banners = [(number, line.strip("#= ")) for number, line in enumerate(self.lines, 1)
+                   if line.startswith("# ====")]
+        titles = [title for _, title in banners]
+        self.assertIn(name, titles)
+        place = titles.index(name)
+        return banners[place][0], [*banners, (10**9, "")][place + 1][0]
+
+    PARTS = ("errors", "values", "configuration", "judgement", "store", "work", "HTTP",
+             "systemd and log", "command line")
+
+    def test_the_parts_stand_in_the_order_of_the_book(self):
+        places = [self.part(name)[0] for name in self.PARTS]
+        self.assertEqual(places, sorted(places))
+
+    def test_the_top_level_is_exactly_five_files(self):
+        if not (HERE / ".git").exists():
+            self.skipTest("not a checkout")
+        listed = subprocess.run(["git", "-C", str(HERE), "ls-files"], capture_output=True,
+                                check=True, env=clean_environment()).stdout.decode().split("\n")
+        top = {name.partition("/")[0] for name in listed if name and not name.startswith(".")}
+        self.assertEqual(top, {"hookd.py", "hookd.ini", "hookd.service", "test_hookd.py",
+                               "README.md"})
+
+
+class Pages(Case):
+    """hookd.ini and README.md say what hookd does."""
+
+    README = HERE / "README.md"
+    SHIPPED = HERE / "hookd.ini"
+
+    def test_the_readme_is_short(self):
+        self.assertLessEqual(len(self.README.read_text().splitlines()), 200)
+
+    def test_each_ini_in_the_readme_is_read(self):
+        blocks = re.findall(r"```ini\n(.*?)```", self.README.read_text(), re.DOTALL)
+        self.assertGreaterEqual(len(blocks), 4)
+        for block in blocks:
+            with self.subTest(block.splitlines()[0]):
+                self.assert_readable(block)
+
+    def test_the_shipped_ini_is_read_and_its_example_works(self):
+        daemon = self.prepare()
+        text = self.SHIPPED.read_text()
+        daemon.ini.write_text(text.replace("#listen = 127.0.0.1:9000", "listen = 127.0.0.1:0")
+                              .replace("#log = auto", "log = stderr")
+                              .replace("#state = /var/lib/hookd", f"state = {daemon.state}"))
+        daemon.start()
+        told = daemon.hookd("send", "--wait", "octo/site", "main")
+        self.assertEqual(told.code, 0, told)
+        self.assertIn("octo/site", daemon.hookd("log").out)
+
+
+# ---------------------------------------------------------------- Running them
+
+
+class Recorder:
+    """A result that keeps what one test reports until it can be told in one piece."""
+
+    shouldStop = failfast = False  # noqa: N815 (unittest's own name)
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        if not name.startswith(("add", "startTest", "stopTest")):
+            raise AttributeError(name)
+        return lambda *arguments: self.calls.append((name, arguments))
+
+    def tell(self, result):
+        for name, arguments in self.calls:
+            getattr(result, name, lambda *_: None)(*arguments)
+
+
+class Together(unittest.TestSuite):
+    """A suite whose tests run several at a time: most of each is waiting."""
+
+    def run(self, result, debug=False):
+        with ThreadPoolExecutor(JOBS) as pool:
+            for recorder in pool.map(self.run_one, flatten(self)):
+                recorder.tell(result)
+        return result
+
+    def run_one(self, test):
+        recorder = Recorder()
+        test.run(recorder)
+        return recorder
+
+
+def flatten(suite):
+    """Yield the tests of a suite of suites, those that wait longest first."""
+    for one in suite:
+        if isinstance(one, unittest.TestSuite):
+            yield from flatten(one)
+        else:
+            yield one
+
+
+def load_tests(loader, tests, pattern):
+    """Let unittest run the tests of this module together."""
+    return Together([tests])
+
+
+if __name__ == "__main__":
+    unittest.main()
