@@ -151,6 +151,7 @@ class Daemon:
             if not any(x.split("=")[0].strip() == line.split(" ")[0] for x in lines):
                 lines.append(line)
         self.ini.write_text("[hookd]\n" + "\n".join(lines) + "\n" + ini)
+        self.ini.chmod(0o600)  # it has a secret
 
     def __enter__(self) -> "Daemon":
         try:
