@@ -24,7 +24,7 @@ import uuid
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
-HOOKD = Path(__file__).resolve().parent.parent / "hookd.py"
+HOOKD = Path(os.environ.get("HOOKD") or Path(__file__).resolve().parent.parent / "hookd.py")
 SECRET = "It's a Secret to Everybody"
 ZERO = "0" * 40
 PATIENCE = 20.0
