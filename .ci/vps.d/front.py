@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from github import FORM, JSON, Address, GitHub, open_socket, push, sha
 from scene import FailedError, Scene, wait_until
-from server import VISITOR, Server, accepted, block, expect
+from server import REPOSITORY, VISITOR, Server, accepted, block, expect
 
 SITE = """
 [octo/site main]
@@ -22,6 +22,7 @@ command = echo "$HOOKD_COMMIT" >commit
 CERTIFICATE = ("openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=server.example.com"
                " -addext 'subjectAltName=DNS:server.example.com,DNS:*.example.com'"
                " -out {0} -keyout {1} 2>&1")
+SERVED = "/var/lib/hookd/fullchain.pem"
 MEGABYTE = 1 << 20
 
 
@@ -233,20 +234,31 @@ class Tls(Scene):
     """tls_cert and tls_key."""
 
     hook: GitHub
-    address: Address = ("127.0.0.1", 8443)
+    address: Address = ("127.0.0.1", 9443)
 
     def setup(self) -> None:
-        self.server.run("install -d /srv/site /etc/hookd")
         self.server.install(SITE)
-        self.server.run(CERTIFICATE.format("/etc/hookd/cert.pem", "/etc/hookd/key.pem")
-                        + " && chown -R hookd: /srv/site /etc/hookd")
-        self.server.configure("[hookd]\nlisten = 127.0.0.1:8443\ntls_cert = /etc/hookd/cert.pem\n"
-                              f"tls_key = /etc/hookd/key.pem\n{SITE}", restart=True)
+        self.server.run("install -d -o hookd /srv/site")
+        self._renew()
+        readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+        ini = "[hookd]\n"
+        for line in ("listen = 0.0.0.0:9443", f"tls_cert = {SERVED}",
+                     "tls_key = /var/lib/hookd/privkey.pem"):
+            expect(line in readme, f"README.md has no {line}")
+            ini += line + "\n"
+        self.server.configure(ini + SITE, restart=True)
         self.hook = self.server.webhook(address=self.address, tls=self._verifying())
+
+    def _renew(self) -> None:
+        """Do what certbot does: a new certificate where only root reads, then the deploy hook."""
+        live = "/etc/letsencrypt/live/hooks.example.com"
+        make = CERTIFICATE.format(f"{live}/fullchain.pem", f"{live}/privkey.pem")
+        self.server.run(f"mkdir -p {live} && chmod 700 /etc/letsencrypt && {make}"
+                        f" && install -o hookd -m 600 {live}/*.pem /var/lib/hookd/")
 
     def _verifying(self) -> ssl.SSLContext:
         """Return a client that trusts the present certificate, and only that."""
-        return ssl.create_default_context(cadata=self.server.read("/etc/hookd/cert.pem"))
+        return ssl.create_default_context(cadata=self.server.read(SERVED))
 
     def _certificate(self) -> bytes:
         """Return the certificate that is served."""
@@ -292,8 +304,8 @@ class Tls(Scene):
     def a_renewed_certificate_is_picked_up_by_a_reload(self) -> None:
         """New connections get it, the process is the same."""
         before, pid = self._certificate(), self.server.main_pid()
-        self.server.run(CERTIFICATE.format("/etc/hookd/cert.pem", "/etc/hookd/key.pem")
-                        + " && chown hookd: /etc/hookd/* && systemctl reload hookd")
+        self._renew()
+        self.server.run("systemctl reload hookd")
         wait_until("another certificate", lambda: self._certificate() != before)
         self.hook.tls = self._verifying()
         accepted(self.hook.deliver(push("octo/site", "main", sha("renewed"))))
@@ -301,11 +313,11 @@ class Tls(Scene):
 
     def a_broken_certificate_fails_the_reload_and_the_old_one_stays(self) -> None:
         before = self._certificate()
-        self.server.run("cp /etc/hookd/cert.pem /tmp/good.pem; echo no >/etc/hookd/cert.pem")
+        self.server.run(f"cp {SERVED} /tmp/good.pem; echo no >{SERVED}")
         done = self.server.run("systemctl reload hookd", check=False)
         expect(done.returncode != 0, "systemctl reload succeeded")
         expect(self._certificate() == before, "another certificate")
-        self.server.run("cat /tmp/good.pem >/etc/hookd/cert.pem && systemctl reload hookd")
+        self.server.run(f"cat /tmp/good.pem >{SERVED} && systemctl reload hookd")
 
     def tls_1_2_and_1_3_are_served_and_nothing_older(self) -> None:
         """An old client, which would accept any cipher, is refused by its version."""

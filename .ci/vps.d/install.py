@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from github import get, push, sha
 from scene import FailedError, Scene, wait_until
 from server import accepted, block, expect
@@ -9,6 +11,11 @@ from server import accepted, block, expect
 
 class Install(Scene):
     """From a fresh server to a deployed push, and back to a server without hookd."""
+
+    began = 0.0
+
+    def setup(self) -> None:
+        self.began = time.monotonic()
 
     def the_three_files_are_copied_with_scp(self) -> None:
         """The laptop's side: a folder on the server and three files in it."""
@@ -45,6 +52,7 @@ class Install(Scene):
         expect("queued run 1: octo/site main at" in printed, f"send was not answered: {printed}")
         one = self.server.wait_for_state("octo/site", "main")
         expect("octo/site main is at" in self.server.hookd("log octo/site main"), str(one))
+        self.note(f"{time.monotonic() - self.began:.1f} s from the first scp")
 
     def a_push_from_github_with_that_secret_is_deployed(self) -> None:
         """The same from outside, signed with what was pasted into GitHub's page."""

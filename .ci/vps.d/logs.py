@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 
 from github import GitHub, push, sha
 from scene import Scene, wait_until
-from server import accepted, expect
+from server import accepted, block_with, expect
 
 INI = """
 [octo/site main]
@@ -18,6 +20,22 @@ command =
     exit 3
 """
 JOURNALD = "systemd-journald.socket systemd-journald-dev-log.socket systemd-journald.service"
+
+
+def take_mail(listener: socket.socket, inbox: list[str]) -> None:
+    """Be a mail server for one message; keep its lines."""
+    with listener, listener.accept()[0] as connection, connection.makefile("rw") as stream:
+        reply, body = "220 here", False
+        while reply:
+            print(reply, end="\r\n", file=stream, flush=True)
+            line = stream.readline().strip()
+            while body and line != ".":
+                inbox.append(line)
+                line = stream.readline().strip()
+            body = line.upper() == "DATA"
+            reply = "354 go on" if body else "221 bye" if line.upper() == "QUIT" else "250 well"
+            if reply == "221 bye" or not line:
+                return
 
 
 class Syslog(Scene):
@@ -80,8 +98,35 @@ class Syslog(Scene):
         """SIGSTOP: /dev/log fills up and would block who writes to it."""
         pid = self.server.out("systemctl show -P MainPID systemd-journald")
         self._push_while(f"kill -STOP {pid}", 10, 400)
-        self.server.run(f"kill -CONT {pid}")
+        began = time.monotonic()
+        try:
+            self.server.run("systemctl restart hookd")
+        finally:
+            self.server.run(f"kill -CONT {pid}")
+        self.note(f"a restart meanwhile took {time.monotonic() - began:.1f} s")
+        expect(time.monotonic() - began < 15, f"restarted after {time.monotonic() - began:.0f} s")
         self._logs_again()
+
+    def it_starts_where_no_syslog_answers(self) -> None:
+        """Restarted while journald is stopped, and logging again when it is back."""
+        self.server.run(f"systemctl stop {JOURNALD} 2>&1")
+        self._push_while("systemctl --job-mode=ignore-dependencies restart hookd", 1)
+        self.server.run(f"systemctl start {JOURNALD}")
+        self._logs_again()
+
+    def a_failed_deploy_is_mailed(self) -> None:
+        """The README's on_failure, with a mail server that the driver plays."""
+        inbox: list[str] = []
+        listener = socket.create_server(("127.0.0.1", 25))
+        thread = threading.Thread(target=take_mail, args=(listener, inbox), daemon=True)
+        thread.start()
+        self.server.configure(block_with("smtp://") + INI)
+        accepted(self.hook.deliver(push("octo/site", "bad", sha("mail"))))
+        self.server.wait_for_state("octo/site", "bad", sha("mail"), "failed")
+        thread.join(10)
+        mail = "\n".join(inbox)
+        expect("Subject: octo/site bad failed" in mail and "the reason why" in mail,
+               f"mailed: {mail}")
 
     def _push_while(self, script: str, seconds: float, atleast: int = 10) -> None:
         """Do something to the log, then push for so long; every push is answered and deployed."""

@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -152,7 +153,8 @@ class Machine:
         nspawn = (f"systemd-nspawn -q -D {place}/root -b --register=no --keep-unit --machine=server"
                   " --private-network --console=read-only --resolv-conf=off --timezone=off"
                   " --link-journal=no")
-        script = f"mount -t overlay overlay -o {overlay} {place}/root && exec setsid env {UNIFIED} {nspawn}"
+        mount = f"mount -t overlay overlay -o {overlay} {place}/root"
+        script = f"{mount} && exec setsid env {UNIFIED} {nspawn}"
         with open(place / "console", "ab") as console:
             self.nspawn = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", "unshare", "-m", "sh", "-c", script],
@@ -167,12 +169,18 @@ class Machine:
         self.enter_network()
 
     def find_leader(self) -> bool:
-        """Note the container's first process, the child of nspawn."""
+        """Note the container's first process: nspawn's child that is process 1 inside."""
         assert self.nspawn
         if self.nspawn.poll() is not None:
             raise FailedError(f"systemd-nspawn ended with {self.nspawn.returncode}")
-        children = Path(f"/proc/{self.nspawn.pid}/task/{self.nspawn.pid}/children").read_text()
-        self.leader = int(children.split()[0]) if children.split() else 0
+        task = Path(f"/proc/{self.nspawn.pid}/task/{self.nspawn.pid}")
+        for child in (task / "children").read_text(encoding="ascii").split():
+            try:
+                status = Path(f"/proc/{child}/status").read_text(encoding="ascii")
+            except OSError:
+                continue  # nspawn's helper, gone meanwhile
+            if re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):
+                self.leader = int(child)
         return self.leader > 0
 
     def is_up(self) -> bool:
@@ -220,10 +228,7 @@ class Machine:
     def cut_power(self) -> None:
         """End every process of the server at once, as when the plug is pulled."""
         assert self.nspawn
-        if self.leader:
-            os.kill(self.leader, signal.SIGKILL)
-        else:
-            self.nspawn.kill()
+        os.kill(self.leader or self.nspawn.pid, signal.SIGKILL)
         self.nspawn.wait(30)
         self.leader = 0
 

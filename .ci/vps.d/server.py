@@ -244,6 +244,15 @@ def block(name: str) -> str:
     return found[name]
 
 
+def block_with(word: str) -> str:
+    """Return the README's first fenced block, marked or not, in which a word occurs."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for body in re.findall(r"^```\w+\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if word in body:
+            return str(body)
+    raise FailedError(f"README.md has no block with {word}")
+
+
 def expect(true: object, otherwise: str) -> None:
     """Raise FailedError with what was found instead, unless `true`."""
     if not true:

@@ -10,8 +10,6 @@ from scene import FailedError, Scene, wait_until
 from server import Server, accepted, expect
 
 SITE = """
-[hookd]
-secret_file = /var/lib/hookd/secret
 [octo/site main]
 directory = /srv/site
 command =
@@ -88,13 +86,40 @@ class Unit(Scene):
         ini = SITE + ("[octo/evil main]\nlock = evil\ncommand =\n  for f in /opt/hookd/x /etc/x"
                       " /usr/local/bin/x /home/laptop/x /root/x /srv/other/x; do\n"
                       '    if (echo x >"$f") 2>/dev/null; then echo "WROTE $f"; fi\n  done\n'
-                      "  if sudo -n true; then echo WROTE sudo; fi\n  echo all tried\n")
+                      "  if su""do -n true; then echo WROTE sudo; fi\n  echo all tried\n")
         self.server.run("echo 'hookd ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/hookd")
         self.server.configure(ini)
         accepted(self.server.webhook().deliver(push("octo/evil", "main", sha("2"))))
         self.server.wait_for_state("octo/evil", "main")
         output = self.server.hookd("log octo/evil main")
         expect("all tried" in output and "WROTE" not in output, output)
+
+    def a_script_sees_nothing_of_systemd_s_private_variables(self) -> None:
+        """No socket to notify, no watchdog, no credentials; and an empty input."""
+        self.server.configure(SITE + "[octo/env main]\ncommand =\n  env\n  cat\n  ls /proc/$$/fd\n")
+        accepted(self.server.webhook().deliver(push("octo/env", "main", sha("e"))))
+        self.server.wait_for_state("octo/env", "main", sha("e"))
+        output = self.server.hookd("log octo/env main")
+        private = re.findall(r"^(NOTIFY_SOCKET|WATCHDOG_\w+|LISTEN_\w+|CREDENTIALS_DIRECTORY"
+                             r"|\w+_DIRECTORY|INVOCATION_ID|JOURNAL_STREAM)=", output, re.MULTILINE)
+        expect(not private and "HOOKD_COMMIT=" + sha("e") in output, f"{private}:\n{output}")
+        expect("GIT_TERMINAL_PROMPT=0" in output and "HOME=/var/lib/hookd" in output, output)
+
+    def a_secret_may_be_systemd_s_credential(self) -> None:
+        """LoadCredential= and a relative secret_file; reload and restart find it too."""
+        self.server.write("/etc/blog.secret", "credential-of-the-blog\n", 0o600)
+        ini = SITE + "[octo/blog main]\nsecret_file = blog\ncommand = true\n"
+        self.server.write("/opt/hookd/hookd.ini", ini)
+        drop_in(self.server, "[Service]\nLoadCredential=blog:/etc/blog.secret\n")
+        accepted(GitHub("credential-of-the-blog").deliver(push("octo/blog", "main", sha("b"))))
+        self.server.wait_for_state("octo/blog", "main", sha("b"))
+        wrong = self.server.webhook().deliver(push("octo/blog", "main", sha("c"), sha("b")))
+        expect(wrong.status == 403, f"the default secret opens it too: {wrong}")
+        try:
+            self.server.configure(ini)
+        finally:
+            self.server.write("/opt/hookd/hookd.ini", SITE)
+            drop_in(self.server, "")
 
     def a_reload_with_a_wrong_ini_fails_visibly(self) -> None:
         """systemctl says so, the same process goes on with what it had."""
@@ -122,8 +147,7 @@ class Unit(Scene):
 
     def a_changed_listen_is_noticed(self) -> None:
         """The stored socket is not used for another address; the old one is closed."""
-        self.server.configure("[hookd]\nlisten = 127.0.0.1:9001\n" + SITE.replace(
-            "[hookd]\n", ""), restart=True)
+        self.server.configure("[hookd]\nlisten = 127.0.0.1:9001\n" + SITE, restart=True)
         hook = self.server.webhook(address=("127.0.0.1", 9001))
         accepted(hook.deliver(push("octo/site", "main", sha("4"), sha("3"))))
         try:
@@ -136,7 +160,7 @@ class Unit(Scene):
 
     def a_reload_may_change_listen_too(self) -> None:
         """SIGHUP with another address: served there, or said that a restart is needed."""
-        self.server.configure("[hookd]\nlisten = 127.0.0.1:9002\n" + SITE.replace("[hookd]\n", ""))
+        self.server.configure("[hookd]\nlisten = 127.0.0.1:9002\n" + SITE)
         try:
             hook = self.server.webhook(address=("127.0.0.1", 9002))
             accepted(hook.deliver(push("octo/site", "main", sha("7"), sha("6"))))
@@ -202,9 +226,12 @@ class Watchdog(Scene):
 
 
 class Restarting(Scene):
-    """A command that restarts the daemon which runs it."""
+    """A command that restarts the daemon which runs it; hookd waits 6 s for it here, not 60."""
 
     def setup(self) -> None:
+        self.server.run("sed -i 's/^DRAIN_SECONDS = 60.0/DRAIN_SECONDS = 6.0/'"
+                        " /home/laptop/hookd/hookd.py"
+                        " && grep -q '^DRAIN_SECONDS = 6.0' /home/laptop/hookd/hookd.py")
         self.server.run("install -d /srv/self /srv/site")
         self.server.write("/etc/polkit-1/rules.d/10-self.rules", POLKIT)
         self.server.install(SELF)
