@@ -13,7 +13,8 @@ class Doctor(Scene):
 
     def setup(self) -> None:
         self.server.install()
-        Repository(self.server, "octo/blog").commit("main", {"page": "one"})
+        self.blog = Repository(self.server, "octo/blog")
+        self.blog.commit("main", {"page": "one"})
 
     def _told(self, ini: str, *words: str, online: bool = False, code: int = 78) -> None:
         """Expect check to exit so and to print one line that has all the words."""
@@ -49,6 +50,12 @@ class Doctor(Scene):
 
     def a_key_that_is_missing(self) -> None:
         self._told(GOOD + "deploy_key = /var/lib/hookd/none\n", "/var/lib/hookd/none")
+
+    def a_remote_that_answers_is_healthy_online(self) -> None:
+        key = self.server.read("/var/lib/hookd/k.pub")
+        self.blog.deploy_key(key)
+        self._told(GOOD + "deploy_key = /var/lib/hookd/k\n", "octo/blog main", online=True, code=0)
+        self.server.run("rm /home/git/.ssh/authorized_keys")
 
     def a_key_that_the_remote_does_not_know(self) -> None:
         self._told(GOOD + "deploy_key = /var/lib/hookd/k\n", "octo/blog main", "deploy_key",

@@ -44,7 +44,11 @@ def hold_lock() -> TextIO:
     """Return the open lock file that keeps a second `.ci/vps` waiting until this one ends."""
     KEPT.mkdir(parents=True, exist_ok=True)
     lock = open(KEPT / "lock", "w", encoding="ascii")  # noqa: SIM115 - held to the end
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("# waiting for another .ci/vps to end", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 
+from github import push
 from scene import Scene, wait_until
-from server import Repository, block, expect
+from server import Repository, accepted, block, expect
 
 KEY = "/var/lib/hookd/blog_key"
 BLOG = f"""
@@ -96,6 +97,21 @@ class DeployKey(Scene):
         self.server.run("touch /srv/blog/.git/index.lock && chown hookd: /srv/blog/.git/index.lock")
         name = self.blog.push(self.server.webhook(), "main", {"page": "four"})
         self.server.wait_for_state("octo/blog", "main", name)
+
+    def a_remote_that_asks_for_a_password_fails_at_once(self) -> None:
+        """Nobody is there to type one; the log says so."""
+        ini = self.server.read("/opt/hookd/hookd.ini")
+        self.server.write("/etc/nginx/sites-enabled/default", "server { listen 80 default_server;"
+                          " auth_basic private; auth_basic_user_file /dev/null; }")
+        self.server.run("systemctl start nginx")
+        self.server.configure(ini + "[octo/web main]\ngit = http://127.0.0.1/octo/web.git\n"
+                              "timeout = 60s\ncatch_up = no\n")
+        began = time.monotonic()
+        accepted(self.server.webhook().deliver(push("octo/web", "main", "1" * 40)))
+        self.server.wait_for_state("octo/web", "main", state="failed")
+        self.note(f"after {time.monotonic() - began:.1f} s: "
+                  + self.server.hookd("log octo/web main").strip().splitlines()[-1][:120])
+        self.server.configure(ini)
 
     def a_host_that_never_answers_ends_with_the_timeout(self) -> None:
         """sshd is stopped in the middle: git hangs, the run does not."""

@@ -147,19 +147,32 @@ class SocketUnit(Scene):
         self.server.write("/etc/systemd/system/hookd.socket", block("socket-unit"))
         self.server.run("systemctl daemon-reload && systemctl enable --now hookd.socket"
                         " && systemctl start hookd")
-        told = self.server.out("systemctl show hookd.socket -P Listen")
-        self.note(told)
-        port = int(told.split()[0].rpartition(":")[2])
-        hook = self.server.webhook(address=("127.0.0.1", port))
-        accepted(hook.deliver(push("octo/load", "b1", sha("1"))))
+        self.note(self.server.out("systemctl show hookd.socket -P Listen"))
+        accepted(self._hook().deliver(push("octo/load", "b1", sha("1"))))
         self.server.wait_for_state("octo/load", "b1", sha("1"))
+
+    def a_reload_and_a_restart_keep_it(self) -> None:
+        """Also when `listen` changed in the ini meanwhile: systemd's socket stays served."""
+        for number, verb in enumerate(("reload", "restart", "reload")):
+            self.server.write("/opt/hookd/hookd.ini", INI.replace(
+                "[hookd]", f"[hookd]\nlisten = 127.0.0.1:{9100 + number}"))
+            self.server.run(f"systemctl {verb} hookd")
+            if verb == "reload":
+                self.server.wait_for_log("reloaded", times=1 + number // 2)
+            name = sha(f"kept{number}")
+            accepted(self._hook().deliver(push("octo/load", "b1", name)))
+            self.server.wait_for_state("octo/load", "b1", name)
+        self.server.write("/opt/hookd/hookd.ini", INI)
+
+    def _hook(self) -> GitHub:
+        """Return a webhook to where hookd.socket listens."""
+        told = self.server.out("systemctl show hookd.socket -P Listen")
+        return self.server.webhook(address=("127.0.0.1", int(told.split()[0].rpartition(":")[2])))
 
     def it_waits_while_hookd_is_stopped(self) -> None:
         """With a socket unit even a stopped service refuses nothing: a push starts it."""
-        told = self.server.out("systemctl show hookd.socket -P Listen")
-        port = int(told.split()[0].rpartition(":")[2])
+        hook = self._hook()
         self.server.run("systemctl stop hookd.service", check=False)
-        hook = GitHub(self.server.read("/var/lib/hookd/secret").strip(), ("127.0.0.1", port))
         accepted(hook.deliver(push("octo/load", "b2", sha("2"))))
         self.server.wait_for_state("octo/load", "b2", sha("2"))
 

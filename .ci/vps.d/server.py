@@ -132,7 +132,11 @@ class Server(Machine):
 
     def status(self) -> list[dict[str, Any]]:
         """Return what `status --json` says."""
-        told: list[dict[str, Any]] = json.loads(self.hookd("status --json", check=False))
+        text = self.hookd("status --json", check=False)
+        try:
+            told: list[dict[str, Any]] = json.loads(text)
+        except ValueError:
+            raise FailedError(f"status --json printed:\n{text}") from None
         return told
 
     def target(self, repo: str, branch: str) -> dict[str, Any]:
