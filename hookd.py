@@ -20,46 +20,25 @@ exit as the command did: 124 after a timeout, 128+N after signal N.
 
 from __future__ import annotations
 
-import configparser
-import contextlib
-import errno
-import fcntl
-import hashlib
-import hmac
-import json
-import logging
-import logging.handlers
-import os
-import queue
-import re
-import resource
-import select
-import selectors
-import shlex
-import signal
-import socket
-import sqlite3
-import subprocess
-import sys
-import threading
-import time
+import configparser, contextlib, errno, fcntl, hashlib, hmac, json, logging, logging.handlers
+import os, queue, re, resource, select, selectors, shlex, signal, socket, sqlite3, subprocess
+import sys, threading, time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 if TYPE_CHECKING:
-    import argparse
-    import ssl
+    import argparse, ssl
 
 VERSION = "1.0"
 NEVER = float("inf")
 REQUEST_SECONDS = 10.0  # GitHub hangs up after as long
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
-DRAIN_SECONDS = 60.0  # for running commands at a stop; TimeoutStopSec= in the unit is longer
+DRAIN_SECONDS = 60.0  # for running commands at a stop; the unit's TimeoutStopSec= is longer
 PART_SECONDS = 2.0  # at a stop, for requests that have begun
 GIT_SECONDS = 60.0  # for a question to git
 BUSY_SECONDS = 3.0  # for a database that another program has locked
@@ -76,18 +55,15 @@ TOLD_LINES = 10  # of a failed run's output, in the log
 
 log = logging.getLogger("hookd")
 
-
 # ======================================================================================= errors
 # One class for each audience. Anything else that is raised is our bug.
-
 
 class ConfigError(Exception):
     """Tell the administrator every problem at once; `main` prints them and exits 78."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
-
+        self.problems = problems
 
 class Refusal(Exception):
     """Tell the sender no: an HTTP status and one line with nothing in it that the sender wrote."""
@@ -96,10 +72,8 @@ class Refusal(Exception):
         super().__init__(reason)
         self.status, self.reason = status, reason
 
-
 # ======================================================================================= values
 # Frozen, complete and valid when built. Secrets never show in a repr.
-
 
 class Address(NamedTuple):
     """Name where to listen: a TCP host and port, or (port -1) the path of a unix socket."""
@@ -111,7 +85,6 @@ class Address(NamedTuple):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"unix:{self.host}" if self.port < 0 else f"{host}:{self.port}"
 
-
 class Request(NamedTuple):
     """Hold the head of an HTTP request; field names in lower case, values as latin-1 text."""
 
@@ -120,7 +93,6 @@ class Request(NamedTuple):
     fields: Mapping[str, str]
     length: int
     keep_alive: bool
-
 
 class Push(NamedTuple):
     """Hold what one event says of one ref; `paths` is None where it cannot be known."""
@@ -138,7 +110,6 @@ class Push(NamedTuple):
     def __str__(self) -> str:
         return escape(f"{self.repo} {short_name(self.ref)}")
 
-
 class Target(NamedTuple):
     """Name what a hook resolves to for one ref: the unit of queue and history."""
 
@@ -147,6 +118,143 @@ class Target(NamedTuple):
     ref: str
     directory: str
 
+class Decision(NamedTuple):
+    """Hold what judgement made of a signed delivery; with 202 it is to be queued."""
+
+    status: int
+    text: str
+    hook: Any = None  # Hook
+    push: Push | None = None
+    payload: str = ""
+
+class Outcome(NamedTuple):
+    """Hold how a run ended: state, exit status and, for a person, why."""
+
+    state: str
+    exit: int
+    note: str = ""
+
+class Run(NamedTuple):
+    """Hold a row of the history with its target; times in Unix seconds."""
+
+    target: Target
+    last_good: str
+    last_state: str
+    id: int
+    state: str
+    event: str
+    delivery: str
+    commit: str
+    before: str
+    pusher: str
+    deleted: bool
+    attempts: int
+    pid: int
+    exit: int | None
+    note: str
+
+    def __str__(self) -> str:
+        at = f" at {self.commit[:7]}" if self.commit else " (deleted)" if self.deleted else ""
+        return escape(f"{self.target.repo} {short_name(self.target.ref)}{at}")
+
+def short_name(ref: str) -> str:
+    return re.sub(r"^refs/(heads|tags)/", "", ref, count=1)
+
+def slug(branch: str) -> str:
+    """Spell a branch as a DNS label that no other branch shares.
+
+    A hash ends it where spelling lost something, or where the name itself ends like a hash.
+    """
+    label = re.sub(r"[^a-z0-9]", "-", branch.lower()).strip("-")
+    if label == branch and len(label) <= 63 and not re.search(r"(^|-)[0-9a-f]{8}$", label):
+        return label
+    digest = hashlib.sha256(branch.encode()).hexdigest()[:8]
+    return f"{label[:54].rstrip('-')}-{digest}".lstrip("-")
+
+def fill(template: str, repo: str, branch: str) -> str:
+    """Replace {repo} {owner} {name} {branch} {slug}; all five have been checked before."""
+    owner, _, name = repo.partition("/")
+    values = {"repo": repo, "owner": owner, "name": name, "branch": branch, "slug": slug(branch)}
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+def escape(text: str) -> str:
+    """Make strangers' text fit for a log line or a terminal: what is not printable is spelled."""
+    if text.isprintable():
+        return text
+    spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(spelled)
+
+# ================================================================================ configuration
+# Text to values. Each key of the ini is a field of Hook or Config with its default and a parser,
+# which raises ValueError("fault; remedy"). All problems are collected and told in one go.
+
+Parser = Callable[[str], Any]
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "K": 1024, "M": 1024**2, "G": 1024**3}
+BOOLEANS = configparser.RawConfigParser.BOOLEAN_STATES
+REPOSITORY = re.compile(r"(?!\.\.?/)[\w.-]{1,100}/(?:(?!\.\.?$)[\w.-]{1,100}|\*)", re.ASCII)
+WORK = "work/{repo}/{slug}"
+
+def form(pattern: str, convert: Parser, what: str) -> Parser:
+    """Make a parser of text that has one form, which `what` names with an example."""
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{text!r} is not {what}")
+        return convert(text)
+    return parse
+
+def one_of(*words: str) -> Parser:
+    return form("|".join(words), str, f"one of {', '.join(words)}; write one of these")
+
+def quantity(text: str) -> int:
+    return 0 if text == "no" else int(text.rstrip("smhdKMG")) * UNITS.get(text[-1], 1)
+
+def lines(text: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+def parse_address(text: str) -> Address:
+    host, _, port = text.rpartition(":")
+    if text.startswith("unix:"):
+        return Address(text[5:])
+    if int(port) > 65535:
+        raise ValueError(f"{port} is no port; write a number up to 65535")
+    return Address(host.strip("[]"), int(port))
+
+def networks(text: str) -> tuple[Any, ...]:
+    import ipaddress
+    try:
+        return tuple(ipaddress.ip_network(word) for word in text.split())
+    except ValueError as error:
+        raise ValueError(f"{error}; write networks like 192.30.252.0/22 2a0a:a440::/29") from None
+
+def variables(text: str) -> tuple[tuple[str, str], ...]:
+    for line in lines(text):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", line):
+            raise ValueError(f"{line.split('=')[0]!r} is no variable; write lines NAME=value")
+    return tuple((line.partition("=")[0], line.partition("=")[2]) for line in lines(text))
+
+def template(*known: str) -> Parser:
+    def parse(text: str) -> str:
+        for word in re.findall(r"\{[^{}]*\}", text):
+            if word not in known:
+                raise ValueError(f"{word} is not known here; use {' '.join(known)}")
+        return text
+    return parse
+
+count = form("0*[1-9][0-9]{0,8}", int, "a number from 1 up; write it like 2")
+size = form("0*[1-9][0-9]{0,8}[KMG]?", quantity, "a size; write it like 64K or 25M")
+A_DURATION = "a duration; write it like 90s, 15m, 1h or 2d"
+duration = form("0*[1-9][0-9]{0,8}[smhd]", quantity, A_DURATION)
+no_or_duration = form("no|0*[1-9][0-9]{0,8}[smhd]", quantity, f"no or {A_DURATION}")
+yes_or_no = form(f"(?i:{'|'.join(BOOLEANS)})", lambda text: BOOLEANS[text.lower()],
+                 "yes or no; write one of these")
+address = form(r"unix:/.+|(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):[0-9]{1,5}", parse_address,
+               "an address; write 127.0.0.1:9000, [::1]:9000 or unix:/path")
+url_path = form(r'/[!-"$->@-~]*', str, "a URL path; begin with / and use no space, ? or #")
+repo_template = template("{repo}", "{owner}", "{name}")
+full_template = template("{repo}", "{owner}", "{name}", "{branch}", "{slug}")
+
+def key(default: str, parse: Parser, secret: bool = False) -> Any:
+    return field(repr=not secret, metadata={"default": default, "parse": parse})
 
 @dataclass(frozen=True)
 class Hook:
@@ -156,20 +264,20 @@ class Hook:
     repo: str
     pattern: str
     secrets: tuple[bytes, ...] = field(repr=False)
-    command: str
-    directory: str
-    git: str
-    deploy_key: str
-    environment: tuple[tuple[str, str], ...] = field(repr=False)
-    timeout: float
-    queue: str
-    event: str
-    paths: tuple[str, ...]
-    lock: str
-    catch_up: float
-    on_success: str
-    on_failure: str
-    on_delete: str
+    command: str = key("", str)
+    directory: str = key("", full_template)
+    git: str = key("", repo_template)
+    deploy_key: str = key("", str)
+    environment: tuple[tuple[str, str], ...] = key("", variables, secret=True)
+    timeout: float = key("15m", duration)
+    queue: str = key("newest", one_of("newest", "every", "replace"))
+    event: str = key("push", one_of("push", "workflow_run", "release"))
+    paths: tuple[str, ...] = key("", lines)
+    lock: str = key("", full_template)
+    catch_up: float = key("1h", no_or_duration)
+    on_success: str = key("", str)
+    on_failure: str = key("", str)
+    on_delete: str = key("", str)
 
     def matches(self, push: Push) -> bool:
         """Tell whether this hook wants a push of its repository."""
@@ -188,25 +296,24 @@ class Hook:
         directory = fill(self.directory, push.repo, short_name(push.ref))
         return Target(self.section, push.repo, push.ref, directory)
 
-
 @dataclass(frozen=True)
 class Config:
     """Hold the whole ini; `secrets` speak for the repositories that have no hook."""
 
     place: str
-    listen: Address
-    path: str
-    state: str
-    jobs: int
-    keep: int
-    max_body: int
-    log: str
-    tls_cert: str
-    tls_key: str
-    quiet: bool
-    allow_from: tuple[Any, ...]
     secrets: tuple[bytes, ...] = field(repr=False)
     hooks: tuple[Hook, ...]
+    listen: Address = key("127.0.0.1:9000", address)
+    path: str = key("/", url_path)
+    state: str = key("", str)
+    jobs: int = key("2", count)
+    keep: int = key("50", count)
+    max_body: int = key("25M", size)
+    log: str = key("auto", one_of("auto", "syslog", "stderr"))
+    tls_cert: str = key("", str)
+    tls_key: str = key("", str)
+    quiet: bool = key("no", yes_or_no)
+    allow_from: tuple[Any, ...] = key("", lambda text: networks(text) if text else ())
 
     @cached_property
     def by_section(self) -> Mapping[str, Hook]:
@@ -226,263 +333,66 @@ class Config:
 
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
-        repo = repo.lower()
-        own, every = self.by_repo.get(repo, []), self.by_repo.get(repo.split("/")[0] + "/*", [])
-        return [hook for _, hook in sorted(own + every, key=lambda pair: pair[0])]
+        names = (repo.lower(), repo.lower().split("/")[0] + "/*")
+        found = [pair for name in names for pair in self.by_repo.get(name, [])]
+        return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
 
-
-class Decision(NamedTuple):
-    """Hold what judgement made of a signed delivery; with 202 it is to be queued."""
-
-    status: int
-    text: str
-    hook: Hook | None = None
-    push: Push | None = None
-    payload: str = ""
-
-
-class Outcome(NamedTuple):
-    """Hold how a run ended: state, exit status and, for a person, why."""
-
-    state: str
-    exit: int
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Hold a row of the history joined with its target; times in Unix seconds."""
-
-    id: int
-    target: Target
-    last_good: str
-    last_state: str
-    state: str
-    event: str
-    delivery: str
-    commit: str
-    before: str
-    pusher: str
-    deleted: bool
-    attempts: int
-    pid: int
-    queued: float
-    began: float | None
-    ended: float | None
-    duration: float | None
-    exit: int | None
-    note: str
-
-    def __str__(self) -> str:
-        at = f" at {self.commit[:7]}" if self.commit else " (deleted)" if self.deleted else ""
-        return f"{self.target.repo} {short_name(self.target.ref)}{at}"
-
-
-def short_name(ref: str) -> str:
-    """Cut refs/heads/ or refs/tags/ off a ref, once."""
-    return re.sub(r"^refs/(heads|tags)/", "", ref, count=1)
-
-
-def slug(branch: str) -> str:
-    """Spell a branch as a DNS label that no other branch shares.
-
-    A hash ends it where spelling lost something, or where the name itself ends like a hash.
-    """
-    label = re.sub(r"[^a-z0-9]", "-", branch.lower()).strip("-")
-    if label == branch and len(label) <= 63 and not re.search(r"-[0-9a-f]{8}$", label):
-        return label
-    digest = hashlib.sha256(branch.encode()).hexdigest()[:8]
-    return f"{label[:54].rstrip('-')}-{digest}".lstrip("-")
-
-
-def fill(template: str, repo: str, branch: str) -> str:
-    """Replace {repo} {owner} {name} {branch} {slug}; all five have been checked before."""
-    owner, _, name = repo.partition("/")
-    values = {"repo": repo, "owner": owner, "name": name, "branch": branch, "slug": slug(branch)}
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
-
-
-def escape(text: str) -> str:
-    """Make strangers' text fit for a log line or a terminal: what is not printable is spelled."""
-    if text.isprintable():
-        return text
-    spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(spelled)
-
-
-# ================================================================================ configuration
-# Text to values. A parser raises ValueError("fault; remedy"); all problems of an ini are
-# collected, so that the administrator mends them in one go.
-
-Parser = Callable[[str], Any]
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "K": 1024, "M": 1024**2, "G": 1024**3}
-REPOSITORY = re.compile(r"(?!\.\.?/)[\w.-]{1,100}/(?:(?!\.\.?$)[\w.-]{1,100}|\*)", re.ASCII)
-WORK = "work/{repo}/{slug}"
-PLACEHOLDERS = ("{repo}", "{owner}", "{name}", "{branch}", "{slug}")
-
-
-def form(pattern: str, convert: Callable[[str], Any], what: str) -> Parser:
-    """Make a parser of text that has one form."""
-
-    def parse(text: str) -> Any:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} is not {what}")
-        return convert(text)
-
-    return parse
-
-
-def quantity(text: str) -> int:
-    return int(text.rstrip("smhdKMG")) * UNITS.get(text[-1], 1)
-
-
-def one_of(*words: str) -> Parser:
-    return form("|".join(words), str, f"one of {', '.join(words)}; write one of them")
-
-
-def lines(text: str) -> tuple[str, ...]:
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-def address(text: str) -> Address:
-    if text.startswith("unix:"):
-        return Address(text[5:])
-    host, _, port = text.rpartition(":")
-    if int(port) > 65535:
-        raise ValueError(f"{port} is no port; write a number up to 65535")
-    return Address(host.strip("[]"), int(port))
-
-
-def networks(text: str) -> tuple[Any, ...]:
-    if not text:
-        return ()
-    import ipaddress
-
-    try:
-        return tuple(ipaddress.ip_network(word) for word in text.split())
-    except ValueError as error:
-        raise ValueError(f"{error}; write networks like 192.30.252.0/22 2a0a:a440::/29") from None
-
-
-def variables(text: str) -> tuple[tuple[str, str], ...]:
-    for line in lines(text):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", line):
-            raise ValueError(f"{line.split('=')[0]!r} is no variable; write lines NAME=value")
-    return tuple((line.partition("=")[0], line.partition("=")[2]) for line in lines(text))
-
-
-def template(*known: str) -> Parser:
-    def parse(text: str) -> str:
-        for word in re.findall(r"\{[^{}]*\}", text):
-            if word not in known:
-                raise ValueError(f"{word} is not known here; use {' '.join(known)}")
-        return text
-
-    return parse
-
-
-DURATION = "(?=0*[1-9])[0-9]{1,6}[smhd]"
-NUMBER = "(?=0*[1-9])[0-9]{1,9}"
-A_DURATION = "a duration; write it like 90s, 15m, 2h or 1d"
-count = form(NUMBER, int, "a number from 1 up; write it like 2")
-size = form(NUMBER + "[KMG]?", quantity, "a size; write it like 64K or 25M")
-duration = form(DURATION, quantity, A_DURATION)
-duration_or_no = form(f"no|{DURATION}", lambda text: 0 if text == "no" else quantity(text),
-                      f"no, or {A_DURATION}")  # fmt: skip
-listening = form(r"unix:/.+|(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):[0-9]{1,5}", address,
-                 "an address; write 127.0.0.1:9000, [::1]:9000 or unix:/path")  # fmt: skip
-url_path = form(r'/[!-"$->@-~]*', str, "a URL path; begin with / and use no space, ? or #")
-BOOLEANS = configparser.RawConfigParser.BOOLEAN_STATES
-yes_or_no = form(f"(?i){'|'.join(BOOLEANS)}", lambda text: BOOLEANS[text.lower()],
-                 "yes or no; write one of them")  # fmt: skip
-
-DAEMON_SETTINGS: Mapping[str, tuple[str, Parser]] = {
-    "listen": ("127.0.0.1:9000", listening),
-    "path": ("/", url_path),
-    "state": ("", str),
-    "jobs": ("2", count),
-    "keep": ("50", count),
-    "max_body": ("25M", size),
-    "log": ("auto", one_of("auto", "syslog", "stderr")),
-    "tls_cert": ("", str),
-    "tls_key": ("", str),
-    "quiet": ("no", yes_or_no),
-    "allow_from": ("", networks),
-}
-HOOK_SETTINGS: Mapping[str, tuple[str, Parser]] = {
-    "command": ("", str),
-    "directory": ("", template(*PLACEHOLDERS)),
-    "git": ("", template(*PLACEHOLDERS[:3])),
-    "deploy_key": ("", str),
-    "environment": ("", variables),
-    "timeout": ("15m", duration),
-    "queue": ("newest", one_of("newest", "every", "replace")),
-    "event": ("push", one_of("push", "workflow_run", "release")),
-    "paths": ("", lines),
-    "lock": ("", template(*PLACEHOLDERS)),
-    "catch_up": ("1h", duration_or_no),
-    "on_success": ("", str),
-    "on_failure": ("", str),
-    "on_delete": ("", str),
-}
-SETTINGS = {**DAEMON_SETTINGS, **HOOK_SETTINGS}
+DAEMON_KEYS = {f.name: f.metadata for f in fields(Config) if f.metadata}
+HOOK_KEYS = {f.name: f.metadata for f in fields(Hook) if f.metadata}
 SECRETS = ("secret", "secret_file")
+KEYS = {name: m["default"] for name, m in {**DAEMON_KEYS, **HOOK_KEYS}.items()}
+KEYS |= dict.fromkeys(SECRETS, "")
 FILES = ("state", "tls_cert", "tls_key", "deploy_key", "directory")
-
 
 class Ini:
     """Read an ini's text into a Config; callers call `config`, once.
 
-    Relative names are under `base`; `state` is the default state directory;
-    `read_secret(name, is_default)` returns a secret file's text or raises OSError.
+    Relative names are under `base`; `read_secret(path, is_default)` returns the text of a secret
+    file or raises OSError.
     """
 
     def __init__(self, place: str, base: str, read_secret: Callable[[str, bool], str]) -> None:
         self.place, self.base, self.read_secret = place, base, read_secret
         self.problems: list[str] = []
-        self.ini = self.parser(strict=True)
         self.found: dict[str, tuple[bytes, ...]] = {}  # secrets by the level that sets them
+        self.ini = self.parser(strict=True)
 
     @staticmethod
     def parser(strict: bool) -> configparser.RawConfigParser:
-        # No section is the default one: under a name that no ini can spell, [DEFAULT] is refused.
+        # No section is the default one: it has a name that no ini can spell.
         return configparser.RawConfigParser(strict=strict, default_section="\n")
 
     def config(self, text: str, state: str) -> Config:
-        """Return the Config of a text; raise ConfigError with every problem in it."""
+        """Return the Config of a text; `state` is the default. Raise ConfigError."""
         self.parse(text)
-        words = [(section, *section.split()) for section in self.ini.sections()]
-        self.shared = {three[1].lower(): three[0] for three in words if len(three) == 2}
-        daemon = {key: self.value(key, ("hookd",)) for key in DAEMON_SETTINGS}
+        names = self.ini.sections()
+        self.shared = {name.strip().lower(): name for name in names if len(name.split()) == 1}
+        words = [(name, *name.split()) for name in names if len(name.split()) == 2]
+        for name in names:
+            self.check_section(name, {repo.lower() for _, repo, _ in words})
+        daemon = {name: self.value(name, ("hookd",)) for name in DAEMON_KEYS}
         daemon["state"] = self.state = daemon["state"] or state
         if bool(daemon["tls_cert"]) != bool(daemon["tls_key"]):
             self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
-        used = {three[1].lower() for three in words if len(three) == 3}
-        for section in self.ini.sections():
-            self.check_section(section, used)
-        hooks = tuple(self.hook(*three) for three in words if len(three) == 3)
-        unshared = self.found and "" not in self.found and "hookd" not in self.found
-        secrets = () if unshared else self.secrets(("hookd",))
+        hooks = tuple(self.hook(*three) for three in words)
+        sets = any(self.ini.has_option("hookd", name) for name in SECRETS)
+        secrets = self.secrets(("hookd",)) if sets or not hooks or "" in self.found else ()
         if self.problems:
-            raise ConfigError(self.problems)
+            raise ConfigError(*self.problems)
         return Config(place=self.place, **daemon, secrets=secrets, hooks=hooks)
 
     def parse(self, text: str) -> None:
         """Let configparser read; after a duplicate the rest is still looked at."""
         try:
             self.ini.read_string(text, self.place)
-        except configparser.DuplicateSectionError as error:
-            self.problem(error.section, "", f"is there twice (line {error.lineno}); keep one")
-        except configparser.DuplicateOptionError as error:
-            twice = f"is set twice (line {error.lineno}); keep one"
-            self.problem(error.section, error.option, twice)
-        except configparser.MissingSectionHeaderError as error:
-            first = f"{self.place}: line {error.lineno}: stands before any section; begin with [hookd]"
-            raise ConfigError([first]) from None
-        except configparser.ParsingError as error:
-            fault = "is not `key = value`; mend it, or indent it if it continues the line above"
-            places = [f"{self.place}: line {number}: {fault}" for number, _ in error.errors]
-            raise ConfigError(places) from None
+        except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+            fault = f"is there twice (line {error.lineno}); keep one"
+            self.problem(error.section, getattr(error, "option", ""), fault)
+        except configparser.ParsingError as error:  # its own words would show a secret's line
+            first = getattr(error, "lineno", 0)
+            numbers = [first] if first else [line for line, _ in error.errors]
+            fault = "is no [section] and no `key = value`; indent it if it continues the one above"
+            raise ConfigError(*(f"{self.place}: line {n} {fault}" for n in numbers)) from None
         if self.problems:
             self.ini = self.parser(strict=False)
             self.ini.read_string(text, self.place)
@@ -500,33 +410,29 @@ class Ini:
         elif section != "hookd" and len(words) == 1 and words[0].lower() not in used:
             self.problem(section, "", f"is used by no hook; add one like [{section} main]")
         for key in self.ini[section]:
-            if key not in SETTINGS and key not in SECRETS:
+            if key not in KEYS:
                 import difflib
-
-                near = difflib.get_close_matches(key, [*SETTINGS, *SECRETS], n=1)
+                near = difflib.get_close_matches(key, KEYS, n=1)
                 remedy = f"did you mean {near[0]}?" if near else "hookd.ini lists all there are"
                 self.problem(section, key, f"unknown setting; {remedy}")
-            elif key in DAEMON_SETTINGS and section != "hookd":
+            elif key in DAEMON_KEYS and section != "hookd":
                 self.problem(section, key, "is for the whole daemon; move it to [hookd]")
-
-    def levels(self, section: str, repo: str) -> tuple[str, ...]:
-        """Return the sections in which a hook's settings are looked up, nearest first."""
-        shared = self.shared.get(repo.lower())
-        return (section, shared, "hookd") if shared else (section, "hookd")
 
     def value(self, key: str, levels: Iterable[str]) -> Any:
         """Return a key's value from the nearest level that sets it, else its default."""
-        default, parse = SETTINGS[key]
+        parse = {**DAEMON_KEYS, **HOOK_KEYS}[key]["parse"]
         level = next((name for name in levels if self.ini.has_option(name, key)), "")
-        text = self.ini.get(level, key, fallback="") or default
+        text = self.ini.get(level, key, fallback="") or KEYS[key]
         try:
             if "\0" in text or (key in FILES and text.startswith("~")):
                 raise ValueError("has a ~ or a NUL in it; write the whole path")
-            value = parse(text)
-            return os.path.join(self.base, value) if key in FILES and value else value
+            return self.absolute(parse(text)) if key in FILES and text else parse(text)
         except ValueError as error:
             self.problem(level, key, str(error))
-            return parse(default)
+            return parse(KEYS[key])
+
+    def absolute(self, path: str) -> str:
+        return path if path.startswith("/") else f"{self.base}/{path}"
 
     def secrets(self, levels: Sequence[str]) -> tuple[bytes, ...]:
         """Return the secrets of the nearest level that sets any, else the default file's."""
@@ -537,11 +443,11 @@ class Ini:
         return self.found[level]
 
     def read_secrets(self, level: str) -> tuple[bytes, ...]:
-        default = "" if level else os.path.join(self.state, "secret")
-        name = self.ini.get(level, "secret_file", fallback=default)
-        found = lines(self.ini.get(level, "secret", fallback=""))
+        default = f"{self.state}/secret"
+        name = self.ini.get(level, "secret_file", fallback="" if level else default)
+        found, text = lines(self.ini.get(level, "secret", fallback="")), ""
         try:
-            text = self.read_secret(name, not level) if name else ""
+            text = self.read_secret(name, self.absolute(name) == default) if name else ""
         except (OSError, ValueError) as error:
             fault = f"cannot be read ({error}); make it a file that hookd may read"
             self.problem(level or "hookd", "secret_file", fault)
@@ -553,41 +459,34 @@ class Ini:
         return tuple(line.encode() for line in found)
 
     def hook(self, section: str, repo: str, pattern: str) -> Hook:
-        levels = self.levels(section, repo)
-        values = {key: self.value(key, levels) for key in HOOK_SETTINGS}
+        shared = self.shared.get(repo.lower())
+        levels = (section, shared, "hookd") if shared else (section, "hookd")
+        values = {key: self.value(key, levels) for key in HOOK_KEYS}
         if not values["command"] and not values["git"]:
             self.problem(section, "command", "is missing; set command, or git, or both")
         if values["deploy_key"] and not values["git"]:
             self.problem(section, "deploy_key", "is used by git alone; set git to the URL")
-        values["directory"] = values["directory"] or os.path.join(self.state, WORK)
-        secrets = self.secrets(levels)
-        return Hook(section=section, repo=repo, pattern=pattern, secrets=secrets, **values)
-
+        values["directory"] = values["directory"] or f"{self.state}/{WORK}"
+        return Hook(section, repo, pattern, self.secrets(levels), **values)
 
 # ==================================================================================== judgement
 # Bytes and values in, a value or a Refusal out. Nothing here opens a file, a socket or a clock.
 
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/1\.([01])")
-FIELD = re.compile(rb"(" + TOKEN + rb"):[ \t]*([\t -~\x80-\xff]*)")
+Body = Union[bytes, bytearray]
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])")
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
 METHODS = ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
-MEDIA = ("application/json", "application/x-www-form-urlencoded")
+JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 SIGNATURE = re.compile(r"sha256=([0-9a-f]{64})")
 # What is read must not come twice: which of the two did the proxy in front of us believe?
-SINGLE = frozenset(
-    "content-length transfer-encoding content-type content-encoding"
-    " x-hub-signature-256 x-github-event x-github-delivery".split()
-)
+SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "content-encoding",
+          "x-hub-signature-256", "x-github-event", "x-github-delivery")
 COMMIT = re.compile("[0-9a-f]{40}(?:[0-9a-f]{24})?")
 # git-check-ref-format(1). No part begins with a dot: refs name folders.
 REF = re.compile(
     r"refs/(?:heads|tags)(?!.*(?://|\.\.|@\{|\.lock(?:/|$)|[/.]$))"
     r"(?:/[^\x00-\x20\x7f~^:?*\[\\/.\ud800-\udfff][^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]*)+"
 )
-
-
-Body = Union[bytes, bytearray]
-
 
 def check_start(start: bytes) -> None:
     """Refuse an unfinished head once it can only end badly."""
@@ -596,10 +495,9 @@ def check_start(start: bytes) -> None:
         raise Refusal(414, "request line too long")
     if len(start) > HEAD_MAX:
         raise Refusal(431, "request head too large")
-    broken = newline and not REQUEST_LINE.fullmatch(line[:-1] if line.endswith(b"\r") else b"")
-    if broken or not (start[:1].isalnum() and start.isascii() or newline):
+    good = REQUEST_LINE.fullmatch(line[:-1]) if newline and line.endswith(b"\r") else not newline
+    if not good or not start[:1].isalpha():
         raise Refusal(400, "not HTTP/1.1 (TLS on a plain port?)")
-
 
 def read_head(head: bytes) -> Request:
     """Read a head without its empty line, strictly (RFC 9112): one form, no repair."""
@@ -625,31 +523,25 @@ def read_head(head: bytes) -> Request:
     keep_alive = "close" not in connection if line[3] == b"1" else connection == "keep-alive"
     return Request(method, target, fields, body_length(method, fields), keep_alive)
 
-
 def body_length(method: str, fields: Mapping[str, str]) -> int:
     """Return how many bytes follow a head; what could be framed in two ways is refused."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None:
         if length is not None:
             raise Refusal(400, "both Content-Length and Transfer-Encoding")
-        chunked = coding.lower() == "chunked"
-        raise Refusal(411, "Content-Length needed") if chunked else Refusal(501, "unknown coding")
-    if length is None:
-        if method == "POST":
-            raise Refusal(411, "Content-Length needed")
-        return 0
-    if not (length.isascii() and length.isdigit()):
+        raise Refusal(411 if coding.lower() == "chunked" else 501, "Content-Length needed")
+    if length is None and method == "POST":
+        raise Refusal(411, "Content-Length needed")
+    if not re.fullmatch("[0-9]+", length or "0"):
         raise Refusal(400, "Content-Length is no number")
     # int() refuses thousands of digits with an error of its own.
-    return int(length) if len(length) < 16 else 10**16
-
+    return int(length or 0) if len(length or "") < 16 else 10**16
 
 def check_head(config: Config, request: Request, client: str) -> None:
     """Refuse what its head alone condemns, before the body is read."""
-    fields = request.fields
+    fields, target = request.fields, request.target
     if config.allow_from and client and not allowed(config, client):
         raise Refusal(403, "not allowed from this address")
-    target = request.target
     if not target.startswith("/"):
         target = re.sub(r"^https?://[^/?#]*", "", target)
     if target.partition("?")[0] != config.path:
@@ -661,28 +553,23 @@ def check_head(config: Config, request: Request, client: str) -> None:
         raise Refusal(413, "body too large")
     if fields.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "Content-Encoding not supported")
-    if media_type(request) not in MEDIA:
-        raise Refusal(415, "Content-Type must be application/json")
+    if media_type(request) not in (JSON, FORM):
+        raise Refusal(415, f"Content-Type must be {JSON}")
     if not fields.get("x-hub-signature-256"):
         raise Refusal(403, "signature missing")
     if not SIGNATURE.fullmatch(fields["x-hub-signature-256"]):
         raise Refusal(403, "signature does not match")
 
+def media_type(request: Request) -> str:
+    return request.fields.get("content-type", "").partition(";")[0].strip().lower()
 
 def allowed(config: Config, client: str) -> bool:
     import ipaddress
-
     try:
         host = ipaddress.ip_address(client.partition("%")[0])
     except ValueError:
         return False
-    host = getattr(host, "ipv4_mapped", None) or host
-    return any(host in network for network in config.allow_from)
-
-
-def media_type(request: Request) -> str:
-    return request.fields.get("content-type", "").partition(";")[0].strip().lower()
-
+    return any((getattr(host, "ipv4_mapped", None) or host) in net for net in config.allow_from)
 
 def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
     """Return the secret that signed the raw body; refuse where none did.
@@ -690,27 +577,23 @@ def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
     https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries
     """
     given = SIGNATURE.fullmatch(signature)
-    if given:
-        digest = bytes.fromhex(given[1])
-        for secret in secrets:
-            if secret and hmac.compare_digest(hmac.digest(secret, body, "sha256"), digest):
-                return secret
+    digest = bytes.fromhex(given[1]) if given else b""
+    for secret in secrets:
+        if secret and hmac.compare_digest(hmac.digest(secret, body, "sha256"), digest):
+            return secret
     raise Refusal(403, "signature does not match")
-
 
 def decide(config: Config, request: Request, body: Body) -> Decision:
     """Judge a whole delivery: what to answer, or for which hook to queue what."""
     fields = request.fields
     secret = authenticate(config.all_secrets, fields["x-hub-signature-256"], body)
-    payload = form_payload(body) if media_type(request) == MEDIA[1] else decoded(body)
+    payload = decode_form(body) if media_type(request) == FORM else decode(body)
     data = parse_json(payload)
-    event = fields.get("x-github-event", "")
+    event, repo = fields.get("x-github-event", ""), repository(data)
     if not event:
         raise Refusal(400, "X-GitHub-Event missing")
-    repo = repository(data)
     hooks = config.hooks_for(repo)
-    own = {secret for hook in hooks for secret in hook.secrets} or set(config.secrets)
-    if repo and secret not in own:
+    if repo and secret not in ({s for hook in hooks for s in hook.secrets} or config.secrets):
         raise Refusal(403, "the secret is another repository's")
     if event == "ping":
         return Decision(200, pong(config, repo, secret))
@@ -729,45 +612,37 @@ def decide(config: Config, request: Request, body: Body) -> Decision:
         return Decision(200, f"ignored: {push} changed none of its paths", hook, push)
     return Decision(202, "", hook, push, payload)
 
-
 def touches(patterns: Sequence[str], paths: Sequence[str] | None) -> bool:
     """Tell whether a push touches one of the patterns; where it cannot be known, it does."""
     if not patterns or paths is None:
         return True
     return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
-
-def decoded(body: Body) -> str:
+def decode(body: Body) -> str:
     try:
         return body.decode()
     except UnicodeDecodeError:
         raise Refusal(400, "the payload is not UTF-8") from None
 
-
-def form_payload(body: Body) -> str:
+def decode_form(body: Body) -> str:
     from urllib.parse import parse_qs
-
     try:
         (payload,) = parse_qs(body.decode("ascii"), strict_parsing=True, errors="strict")["payload"]
     except (ValueError, KeyError):
         raise Refusal(400, "no form with one payload field") from None
     return payload
 
-
 def parse_json(text: str) -> dict[str, Any]:
     """Parse a JSON object; depth, huge numbers and NaN are refused."""
-
     def refuse(constant: str) -> Any:
         raise ValueError(constant)
-
     try:
         data = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
-        raise Refusal(400, "the payload is not JSON that hookd can read") from None
+        data = None
     if not isinstance(data, dict):
-        raise Refusal(400, "the payload is not a JSON object")
+        raise Refusal(400, "the payload is no JSON object that hookd can read")
     return data
-
 
 def pick(data: Any, *names: str) -> Any:
     """Follow names into nested objects; None where one is missing or no object."""
@@ -775,44 +650,33 @@ def pick(data: Any, *names: str) -> Any:
         data = data.get(name) if isinstance(data, dict) else None
     return data
 
-
 def text_of(data: Any, *names: str) -> str:
     """Return a string field that a database and a log can hold; empty where it is none."""
     value = pick(data, *names)
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
-
 
 def needed(pattern: re.Pattern[str], value: Any, name: str) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise Refusal(400, f"signed, but hookd cannot read its {name}")
     return value
 
-
 def repository(data: Any) -> str:
     """Return the repository's full name; empty where a payload (an organisation's) has none."""
     if pick(data, "repository") is None:
         return ""
     name = needed(REPOSITORY, pick(data, "repository", "full_name"), "repository")
-    return needed(re.compile(r".*[^*]"), name, "repository")
-
+    return needed(re.compile(r"[^*]+"), name, "repository")
 
 def read_push(data: Any, repo: str) -> Push:
     """https://docs.github.com/webhooks/webhook-events-and-payloads#push"""
+    repo, ref = needed(REPOSITORY, repo, "repository"), needed(REF, pick(data, "ref"), "ref")
     commit = needed(COMMIT, pick(data, "after"), "commit")
     deleted = pick(data, "deleted") is True or not commit.strip("0")
-    pushed_at = pick(data, "repository", "pushed_at")
-    return Push(
-        event="push",
-        repo=needed(REPOSITORY, repo, "repository"),
-        ref=needed(REF, pick(data, "ref"), "ref"),
-        commit="" if deleted else commit,
-        before=text_of(data, "before"),
-        pusher=text_of(data, "pusher", "name") or text_of(data, "sender", "login"),
-        deleted=deleted,
-        pushed_at=pushed_at if type(pushed_at) is int and 0 < pushed_at < 2**62 else 0,
-        paths=changed_paths(data),
-    )
-
+    pusher = text_of(data, "pusher", "name") or text_of(data, "sender", "login")
+    when = pick(data, "repository", "pushed_at")
+    pushed_at = when if type(when) is int and 0 < when < 2**62 else 0
+    return Push("push", repo, ref, "" if deleted else commit, text_of(data, "before"), pusher,
+                deleted, pushed_at, changed_paths(data))
 
 def changed_paths(data: Any) -> tuple[str, ...] | None:
     """Return every path a push names; None where its commits are not the whole truth."""
@@ -824,7 +688,6 @@ def changed_paths(data: Any) -> tuple[str, ...] | None:
     if not all(isinstance(paths, list) for paths in found):
         return None
     return tuple(path for paths in found for path in paths if isinstance(path, str))
-
 
 def read_workflow_run(data: Any, repo: str) -> Push | None:
     """Take a workflow that succeeded for a push to this very repository, never a fork's.
@@ -840,7 +703,6 @@ def read_workflow_run(data: Any, repo: str) -> Push | None:
     commit = needed(COMMIT, pick(run, "head_sha"), "commit")
     return Push("workflow_run", repo, ref, commit, pusher=text_of(run, "actor", "login"))
 
-
 def read_release(data: Any, repo: str) -> Push | None:
     """Take a published release; it names a tag and no commit.
 
@@ -851,23 +713,16 @@ def read_release(data: Any, repo: str) -> Push | None:
     ref = needed(REF, f"refs/tags/{text_of(data, 'release', 'tag_name')}", "tag")
     return Push("release", repo, ref, "", pusher=text_of(data, "release", "author", "login"))
 
-
-Reader = Callable[[Any, str], "Push | None"]
-EVENTS: Mapping[str, Reader] = {
-    "push": read_push,
-    "workflow_run": read_workflow_run,
-    "release": read_release,
-}
-
+EVENTS: Mapping[str, Callable[[Any, str], Any]] = {
+    "push": read_push, "workflow_run": read_workflow_run, "release": read_release}
 
 def pong(config: Config, repo: str, secret: bytes) -> str:
     """Answer a ping with the hooks that this secret speaks for."""
+    mine = [hook for hook in config.hooks_for(repo) or config.hooks if secret in hook.secrets]
     if not repo:
-        names = [hook.section for hook in config.hooks if secret in hook.secrets]
-        return f"pong: hooks for {', '.join(names[:20]) or 'nothing yet'}"
-    names = [hook.pattern for hook in config.hooks_for(repo) if secret in hook.secrets]
-    return f"pong: {repo} has {'hooks for ' if names else 'no hook'}{', '.join(names)}"
-
+        return f"pong: hooks for {', '.join(hook.section for hook in mine[:20]) or 'nothing yet'}"
+    patterns = ", ".join(hook.pattern for hook in mine if config.hooks_for(repo))
+    return f"pong: {repo} has {f'hooks for {patterns}' if patterns else 'no hook'}"
 
 def push_json(push: Push) -> str:
     """Write the payload of a push that GitHub did not send, in GitHub's shape."""
@@ -875,16 +730,15 @@ def push_json(push: Push) -> str:
     repo = {"full_name": push.repo, "name": name, "owner": {"login": owner}}
     data: dict[str, Any] = {"repository": repo, "pusher": {"name": push.pusher}}
     if push.event == "push":
-        data |= {"ref": push.ref, "before": "0" * 40, "deleted": push.deleted}
-        data |= {"after": push.commit or "0" * 40, "commits": []}
+        data |= {"ref": push.ref, "before": "0" * 40, "after": push.commit or "0" * 40}
+        data |= {"commits": [], "deleted": push.deleted}
     elif push.event == "workflow_run":
         run = {"conclusion": "success", "event": "push", "head_repository": repo}
         run |= {"head_branch": short_name(push.ref), "head_sha": push.commit}
         data |= {"action": "completed", "workflow_run": run}
-    elif push.event == "release":
+    else:
         data |= {"action": "published", "release": {"tag_name": short_name(push.ref)}}
     return json.dumps(data)
-
 
 # ======================================================================================== store
 # SQLite holds the queue and the history; this part touches the database and nothing else.
@@ -897,40 +751,40 @@ def push_json(push: Push) -> str:
 #       |          `-----> interrupted -> queued again at the next start, once
 #       `----------------> superseded | cancelled
 #
-# The database may refuse at any moment (disk full, locked, read-only): then the connection is
-# dropped, which rolls back, and opened anew the next time. Nothing is cached that could be wrong.
+# The database may refuse at any moment (disk full, locked, read-only). What was begun then rolls
+# back, and nothing is cached that could be wrong.
 
 SCHEMA_VERSION = 1
-SCHEMA = f"""
-BEGIN;
+SCHEMA = f"""BEGIN;
 CREATE TABLE IF NOT EXISTS targets (
     id INTEGER PRIMARY KEY, hook TEXT, repo TEXT, ref TEXT, directory TEXT,
     newest TEXT DEFAULT '',       -- the newest commit considered, for catch-up
     pushed_at INTEGER DEFAULT 0,  -- of the newest push taken
-    last_run INTEGER DEFAULT 0, last_state TEXT DEFAULT '', last_good TEXT DEFAULT '',
+    last_run INTEGER, last_state TEXT DEFAULT '', last_good TEXT DEFAULT '',
     UNIQUE (repo, ref, hook, directory));
 CREATE TABLE IF NOT EXISTS runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, target INTEGER, state TEXT, event TEXT, delivery TEXT,
     commit_id TEXT, before_id TEXT, pusher TEXT, deleted INTEGER, attempts INTEGER DEFAULT 0,
     pid INTEGER DEFAULT 0,        -- of a foreground run
-    queued REAL, began REAL, ended REAL, duration REAL, exit INTEGER, note TEXT DEFAULT '',
+    exit INTEGER, note TEXT DEFAULT '', queued REAL, began REAL, ended REAL, duration REAL,
     payload TEXT);
 CREATE INDEX IF NOT EXISTS runs_of_target ON runs (target, state);
 CREATE INDEX IF NOT EXISTS runs_open ON runs (state) WHERE state IN ('queued', 'running');
 PRAGMA user_version = {SCHEMA_VERSION};
-COMMIT;
-"""
-RUNS = """SELECT r.id, t.hook, t.repo, t.ref, t.directory, t.last_good, t.last_state, r.state,
-    r.event, r.delivery, r.commit_id, r.before_id, r.pusher, r.deleted, r.attempts, r.pid,
-    r.queued, r.began, r.ended, r.duration, r.exit, r.note
-    FROM runs r JOIN targets t ON t.id = r.target """
-
+COMMIT;"""
+RUNS = """SELECT t.hook, t.repo, t.ref, t.directory, t.last_good, t.last_state, r.id, r.state,
+    r.event, r.delivery, r.commit_id, r.before_id, r.pusher, r.deleted, r.attempts, r.pid, r.exit,
+    r.note FROM runs r JOIN targets t ON t.id = r.target """
+STATUS = """SELECT t.repo, t.ref, t.hook, t.directory, r.id AS run, r.state, r.event,
+    r.commit_id AS "commit", r.began, r.ended, r.duration, r.exit, t.last_good, r.deleted,
+    (SELECT max(id) FROM runs WHERE target = t.id AND state = 'running') AS running,
+    (SELECT group_concat(id) FROM runs WHERE target = t.id AND state = 'queued') AS waiting
+    FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY t.repo, t.ref"""
 
 class Store:
     """Keep queue and history in one SQLite file; every error is a sqlite3.Error.
 
-    Threads share the connection under a lock; `execute` and what uses it to write stand inside
-    `with transaction()`.
+    Threads share the connection under a lock. What writes stands inside `with transaction()`.
     """
 
     def __init__(self, state: str, keep: int) -> None:
@@ -945,8 +799,7 @@ class Store:
             db.execute("PRAGMA synchronous = FULL")
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
-                fault = f"was written by a newer hookd ({version} > {SCHEMA_VERSION})"
-                raise ConfigError([f"{self.path}: {fault}; use that one, or move the file away"])
+                raise ConfigError(f"{self.path}: is of a newer hookd (user_version {version}); use that one")
             if version < SCHEMA_VERSION:
                 db.executescript(SCHEMA)
             self.db = db
@@ -962,13 +815,14 @@ class Store:
     def transaction(self) -> Iterator[None]:
         """Make all that is written inside stand on disk together, or not at all."""
         with self.lock:
+            db = self.connect()
+            db.execute("BEGIN IMMEDIATE")
             try:
-                self.connect().execute("BEGIN IMMEDIATE")
                 yield
-                self.connect().commit()
-            except BaseException:
-                self.close()
-                raise
+                db.commit()
+            finally:
+                if db.in_transaction:
+                    self.close()  # rolls back; a disk that came back gets a fresh start
 
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         return self.connect().execute(sql, values)
@@ -976,46 +830,34 @@ class Store:
     def runs(self, where: str, *values: Any) -> list[Run]:
         """Return runs; `where` is SQL of ours, r for runs and t for targets."""
         with self.lock:
-            rows = self.execute(RUNS + where, *values).fetchall()
-        return [Run(row[0], Target(*row[1:5]), *row[5:]) for row in rows]
+            return [Run(Target(*row[:4]), *row[4:]) for row in self.execute(RUNS + where, *values)]
 
     def target_id(self, target: Target) -> int:
-        where = "hook = ? AND repo = ? AND ref = ? AND directory = ?"
-        found = self.execute(f"SELECT id FROM targets WHERE {where}", *target).fetchone()
-        if found:
-            return int(found[0])
+        where = "WHERE hook = ? AND repo = ? AND ref = ? AND directory = ?"
+        found = self.execute(f"SELECT id FROM targets {where}", *target).fetchone()
         new = "INSERT INTO targets (hook, repo, ref, directory) VALUES (?, ?, ?, ?)"
-        return int(self.execute(new, *target).lastrowid or 0)
+        return int(found[0] if found else self.execute(new, *target).lastrowid or 0)
 
     def add(self, target: Target, push: Push, delivery: str, payload: str) -> int:
         """Queue a push; return its run's number."""
-        key = self.target_id(target)
         self.consider(target, push)
-        row = (key, push.event, delivery, push.commit, push.before, push.pusher, push.deleted)
-        return int(
-            self.execute(
-                "INSERT INTO runs (state, target, event, delivery, commit_id, before_id, pusher,"
-                " deleted, queued, payload) VALUES ('queued', ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                *row, time.time(), payload,
-            ).lastrowid or 0
-        )  # fmt: skip
+        sql = """INSERT INTO runs (state, target, event, delivery, commit_id, before_id, pusher,
+            deleted, queued, payload) VALUES ('queued', ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+        row = (self.target_id(target), push.event, delivery, push.commit, push.before, push.pusher)
+        return int(self.execute(sql, *row, push.deleted, time.time(), payload).lastrowid or 0)
 
     def consider(self, target: Target, push: Push) -> None:
         """Note a push that is taken, or passed over for good: catch-up need not find it."""
-        self.execute(
-            "UPDATE targets SET newest = ?, pushed_at = max(pushed_at, ?) WHERE id = ?",
-            push.commit, push.pushed_at, self.target_id(target),
-        )  # fmt: skip
+        sql = "UPDATE targets SET newest = ?, pushed_at = max(pushed_at, ?) WHERE id = ?"
+        self.execute(sql, push.commit, push.pushed_at, self.target_id(target))
 
     def supersede(self, target: Target, newest: int) -> list[int]:
         """Let run `newest` stand for the others that wait; return their numbers."""
-        rows = self.execute(
-            "SELECT id FROM runs WHERE target = ? AND state = 'queued' AND id < ?",
-            self.target_id(target), newest,
-        ).fetchall()  # fmt: skip
-        for (old,) in rows:
+        sql = "SELECT id FROM runs WHERE target = ? AND state = 'queued' AND id < ?"
+        waiting = [old for (old,) in self.execute(sql, self.target_id(target), newest).fetchall()]
+        for old in waiting:
             self.dismiss(old, "superseded", f"by run {newest}")
-        return [old for (old,) in rows]
+        return waiting
 
     def dismiss(self, run: int, state: str, note: str) -> None:
         """End a run that never began."""
@@ -1036,43 +878,38 @@ class Store:
 
     def waiting(self) -> list[Run]:
         """Return the oldest waiting run of each target, oldest first."""
-        return self.runs(
-            "WHERE r.id IN (SELECT min(id) FROM runs WHERE state = 'queued' GROUP BY target)"
-            " ORDER BY r.id"
-        )
+        return self.runs("""WHERE r.id IN (SELECT min(id) FROM runs WHERE state = 'queued'
+            GROUP BY target) ORDER BY r.id""")
 
     def begin(self, run: int, pid: int = 0) -> str:
         """Mark a run as running and return its payload; a foreground run has a pid."""
-        self.execute(
-            "UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?"
-            " WHERE id = ?", time.time(), pid, run,
-        )  # fmt: skip
-        payload = self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()[0]
-        return str(payload or "{}")
+        sql = """UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?
+            WHERE id = ?"""
+        self.execute(sql, time.time(), pid, run)
+        row = self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()
+        return str(row[0] or "{}")
 
     def finish(self, run: Run, outcome: Outcome, commit: str, duration: float) -> list[int]:
         """Record how a run ended; return the numbers of the runs that history lets go."""
         with self.transaction():
-            key = self.target_id(run.target)
+            target = self.target_id(run.target)
             self.execute(
-                "UPDATE runs SET state = ?1, exit = ?2, note = ?3, commit_id = ?4, ended = ?5,"
-                " duration = ?6, payload = CASE ?1 WHEN 'interrupted' THEN payload END"
-                " WHERE id = ?7", *outcome, commit, time.time(), duration, run.id,
-            )  # fmt: skip
+                """UPDATE runs SET state = ?1, exit = ?2, note = ?3, commit_id = ?4, ended = ?5,
+                duration = ?6, payload = CASE ?1 WHEN 'interrupted' THEN payload END
+                WHERE id = ?7""", *outcome, commit, time.time(), duration, run.id)
             self.execute(
-                "UPDATE targets SET newest = ?1, last_run = ?2, last_state = ?3,"
-                " last_good = CASE ?3 WHEN 'ok' THEN ?1 ELSE last_good END WHERE id = ?4",
-                commit, run.id, outcome.state, key,
-            )  # fmt: skip
-            return self.prune(key)
+                """UPDATE targets SET newest = ?1, last_run = ?2, last_state = ?3,
+                last_good = CASE ?3 WHEN 'ok' THEN ?1 ELSE last_good END WHERE id = ?4""",
+                commit, run.id, outcome.state, target)
+            return self.prune(target)
 
-    def prune(self, key: int) -> list[int]:
+    def prune(self, target: int) -> list[int]:
         """Forget all but the newest finished runs of a target, the superseded counted apart."""
         gone: list[int] = []
         for kind in ("= 'superseded'", "NOT IN ('superseded', 'queued', 'running')"):
             sql = f"""SELECT id FROM runs WHERE target = ? AND state {kind}
                 ORDER BY id DESC LIMIT -1 OFFSET ?"""
-            gone += [run for (run,) in self.execute(sql, key, self.keep)]
+            gone += [run for (run,) in self.execute(sql, target, self.keep)]
         for run in gone:
             self.execute("DELETE FROM runs WHERE id = ?", run)
         return gone
@@ -1087,9 +924,11 @@ class Store:
         again = run.attempts < 2 and not run.pid
         with self.transaction():
             state = "queued" if again else "interrupted"
-            self.execute("UPDATE runs SET state = ?, attempts = 2 - ? WHERE id = ?", state, again, run.id)
+            sql = "UPDATE runs SET state = ?, attempts = 2 - ? WHERE id = ?"
+            self.execute(sql, state, again, run.id)
+        if not again:
+            self.finish(run, Outcome("interrupted", 1, "cut off twice"), run.commit, 0.0)
         return again
-
 
 # ========================================================================================= work
 # Locks, git and children. Nothing here knows of HTTP.
@@ -1109,78 +948,62 @@ class Store:
 # The end of the leader ends the run, whoever still holds the pipe.
 
 PRIVATE = re.compile(
-    rb"NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|.*_DIRECTORY|INVOCATION_ID|JOURNAL_STREAM|HOOKD_.*"
-)
+    rb"NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|.*_DIRECTORY|INVOCATION_ID|JOURNAL_STREAM|HOOKD_.*")
 ADVICE = {
-    "dubious ownership": "the directory belongs to another user; chown -R it to hookd's",
-    "Host key verification failed": "the remote's host key is new; compare, mend known_hosts",
-    "Permission denied (publickey": "the remote does not know the key; add deploy_key's .pub there",
+    "dubious ownership": "the directory is another user's; chown -R it to the user hookd runs as",
+    "Host key verification failed": "the remote's host key changed; compare, mend known_hosts",
+    "Permission denied (publickey": "the remote does not know this key; add deploy_key's .pub there",
     "could not read Username": "the remote wants a login; use an ssh URL and a deploy_key",
     "Authentication failed": "the remote refused the login; use an ssh URL and a deploy_key",
     "epository not found": "no such repository for this key; check git and deploy_key",
     "couldn't find remote ref": "the remote has no such branch; was it deleted?",
     "Could not resolve host": "the remote's name is not known; check git and the network",
+    "directory: 'git'": "no git in PATH; install git, or set PATH in environment",
     "No space left": "the disk is full; make room",
 }
 
-
-class Locks:
-    """Hold the flocks of some names; made by `take`, ended by `release`."""
-
-    def __init__(self) -> None:
-        self.files: list[int] = []
-
-    @classmethod
-    def take(cls, state: str, names: Iterable[str], holder: str) -> Locks | None:
-        """Return all the locks, or None while somebody else has one; never waits."""
-        locks = cls()
+def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | None:
+    """Return descriptors that hold all these locks, None while somebody has one; never waits."""
+    files: list[int] = []
+    for name in names:
+        files.append(os.open(lock_file(state, name), os.O_RDWR | os.O_CREAT, 0o600))
         try:
-            for name in names:
-                locks.add(lock_path(state, name), f"{holder} {name}\n")
+            fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            locks.release()
+            free_locks(files)
             return None
-        return locks
-
-    def add(self, path: str, text: str) -> None:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self.files.append(file)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with contextlib.suppress(OSError):  # it is for people; on a full disk they do without
-            os.ftruncate(file, 0)
-            os.write(file, text.encode())
+            os.ftruncate(files[-1], 0)
+            os.write(files[-1], f"{holder} {name}\n".encode())
+    return files
 
-    def release(self) -> None:
-        for file in self.files:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_UN)
-            os.close(file)
-        self.files.clear()
+def free_locks(files: list[int]) -> None:
+    for file in files:
+        fcntl.flock(file, fcntl.LOCK_UN)  # for the children that hold it, too
+        os.close(file)
 
-
-def lock_path(state: str, name: str) -> str:
+def lock_file(state: str, name: str) -> str:
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     return os.path.join(state, "locks", f"{slug(os.path.basename(name))}-{digest}.lock")
-
 
 def lock_names(hook: Hook, target: Target) -> list[str]:
     """Return what a run must have for itself: its directory, and `lock` where that is set."""
     lock = fill(hook.lock, target.repo, short_name(target.ref))
     return [os.path.realpath(target.directory), *([lock] if lock else [])]
 
-
 def run_file(state: str, run: int, name: str = "") -> str:
     return os.path.join(state, "runs", str(run), name)
 
+def private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 class Output:
     """Keep what a run prints, bounded: its beginning on disk as it comes, its end in memory."""
 
     def __init__(self, path: str, echo: Callable[[bytes], None] | None) -> None:
-        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self.echo = echo
+        self.file, self.echo = private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), echo
         self.room = max(OUTPUT_HEAD - os.fstat(self.file).st_size, 0)
-        self.tail, self.recent, self.dropped = bytearray(), b"", 0
+        self.tail, self.dropped, self.recent = bytearray(), 0, b""
 
     def write(self, data: bytes) -> None:
         self.recent = (self.recent + data)[-4096:]
@@ -1190,15 +1013,14 @@ class Output:
         self.tail += data[self.room :]
         self.room = max(self.room - len(data), 0)
         excess = max(len(self.tail) - OUTPUT_TAIL, 0)
-        self.dropped += excess
         del self.tail[:excess]
+        self.dropped += excess
 
     def put(self, data: bytes) -> None:
         """Write to the file; what a full disk does not take is dropped."""
-        written = 0
+        self.dropped += len(data)
         with contextlib.suppress(OSError):
-            written = os.write(self.file, data) if data else 0
-        self.dropped += len(data) - written
+            self.dropped -= os.write(self.file, data)
 
     def close(self) -> None:
         if self.dropped:
@@ -1206,17 +1028,15 @@ class Output:
         self.put(bytes(self.tail))
         os.close(self.file)
 
-
 class Job:
     """Carry out one run under its locks; `perform` is called once, `end` from any thread.
 
     `echo` gets the output as it comes. What is left in `commit` is what was deployed.
     """
 
-    def __init__(self, run: Run, hook: Hook, state: str, locks: Locks) -> None:
+    def __init__(self, run: Run, hook: Hook, state: str, locks: list[int]) -> None:
         self.run, self.hook, self.state, self.locks = run, hook, state, locks
-        self.commit = run.commit
-        self.recent = b""  # the last of the output
+        self.commit, self.recent = run.commit, b""  # the last of the output
         self.verdict = self.why = ""  # how the run is to end, where it does not by itself
         self.echo: Callable[[bytes], None] | None = None
 
@@ -1227,12 +1047,12 @@ class Job:
 
     def perform(self, payload: str) -> Outcome:
         """Do all that the hook says; an error of the system is an Outcome too."""
+        files = [run_file(self.state, self.run.id, n) for n in ("", "payload.json", "output.log")]
         try:
-            os.makedirs(run_file(self.state, self.run.id), 0o700, exist_ok=True)
-            path = run_file(self.state, self.run.id, "payload.json")
-            with open(path, "w", encoding="utf-8", opener=private) as file:
+            os.makedirs(files[0], 0o700, exist_ok=True)
+            with open(files[1], "w", encoding="utf-8", opener=private) as file:
                 file.write(payload)
-            self.output = Output(run_file(self.state, self.run.id, "output.log"), self.echo)
+            self.output = Output(files[2], self.echo)
         except OSError as error:
             return Outcome("failed", 1, str(error))
         began = time.monotonic()
@@ -1240,49 +1060,45 @@ class Job:
             outcome = self.deploy(began + self.hook.timeout)
             if outcome.note:
                 self.say(f"{outcome.state}: {outcome.note}")
-            self.afterwards(outcome, time.monotonic() - began)
+            if outcome.state in ("ok", "failed", "timeout"):
+                self.afterwards(outcome, time.monotonic() - began)
         finally:
             self.recent = self.output.recent
             self.output.close()
         return outcome
 
     def say(self, text: str) -> None:
-        """Put a line of hookd's own into the output."""
         self.output.write(f"hookd: {text}\n".encode())
 
     def deploy(self, deadline: float) -> Outcome:
-        script = self.hook.on_delete if self.run.deleted else self.hook.command
+        """Make the directory the newest commit, where git is set, and run the command in it."""
         try:
             os.makedirs(self.run.target.directory, exist_ok=True)
-            trouble = None if self.run.deleted or not self.hook.git else check_out(self, deadline)
-            if trouble:
-                return trouble
+            if self.hook.git and not self.run.deleted:
+                trouble = check_out(self, deadline)
+                if trouble:
+                    return trouble
+            script = self.hook.on_delete if self.run.deleted else self.hook.command
             return self.outcome(self.script(script, deadline) if script else 0)
         except OSError as error:
-            return Outcome("failed", 1, str(error))
+            return Outcome("failed", 1, advice(str(error)) or str(error))
 
     def outcome(self, code: int, note: str = "") -> Outcome:
         """Name the end of a run whose last child exited with `code`."""
         if self.verdict == "timeout":
-            return Outcome("timeout", 124, f"took longer than {self.hook.timeout:g} s")
-        if self.verdict:
-            return Outcome(self.verdict, code, self.why)
-        return Outcome("failed" if code else "ok", code, note)
+            return Outcome("timeout", 124, f"took longer than {self.hook.timeout:g}s")
+        return Outcome(self.verdict or ("failed" if code else "ok"), code, self.why or note)
 
     def afterwards(self, outcome: Outcome, duration: float) -> None:
         """Run on_success or on_failure; if that fails it is told and changes nothing."""
         name = "on_success" if outcome.state == "ok" else "on_failure"
-        script = self.hook.on_success if outcome.state == "ok" else self.hook.on_failure
-        if not script or outcome.state in ("cancelled", "interrupted"):
+        script = getattr(self.hook, name)
+        if not script:
             return
-        facts = {
-            "HOOKD_STATE": outcome.state,
-            "HOOKD_EXIT": str(outcome.exit),
-            "HOOKD_DURATION": f"{duration:.1f}",
-            "HOOKD_LOG": run_file(self.state, self.run.id, "output.log"),
-            "HOOKD_PREVIOUS_STATE": self.run.last_state,
-        }
-        self.verdict = ""
+        self.verdict = failure = ""
+        facts = {"STATE": outcome.state, "EXIT": outcome.exit, "DURATION": round(duration),
+                 "LOG": run_file(self.state, self.run.id, "output.log"),
+                 "PREVIOUS_STATE": self.run.last_state}
         try:
             code = self.script(script, time.monotonic() + self.hook.timeout, facts)
             failure = self.verdict or (f"exit {code}" if code else "")
@@ -1292,54 +1108,45 @@ class Job:
             self.say(f"{name} failed: {failure}")
             log.warning("%s of run %d failed: %s: %s", name, self.run.id, failure, self.run)
 
-    def script(self, text: str, deadline: float, facts: Mapping[str, str] | None = None) -> int:
+    def script(self, text: str, deadline: float, facts: Mapping[str, Any] | None = None) -> int:
         directory = self.run.target.directory
         cwd = directory if os.path.isdir(directory) else "/"  # on_delete may have removed it
-        environ = self.environment() | {k.encode(): variable(v) for k, v in (facts or {}).items()}
-        return self.child(["/bin/sh", "-e", "-c", text, "hookd"], environ, cwd, deadline)
+        arguments = ["/bin/sh", "-e", "-c", text, "hookd"]
+        return self.child(arguments, self.environment(facts or {}), cwd, deadline)
 
-    def environment(self) -> dict[bytes, bytes]:
+    def environment(self, facts: Mapping[str, Any]) -> dict[bytes, bytes]:
         """Return what a child finds: hookd's own without private names, the hook's, HOOKD_*."""
         run, branch = self.run, short_name(self.run.target.ref)
         facts = {
-            "GIT_TERMINAL_PROMPT": "0",
-            "HOOKD_EVENT": run.event,
-            "HOOKD_REPO": run.target.repo,
-            "HOOKD_REF": run.target.ref,
-            "HOOKD_BRANCH": branch,
-            "HOOKD_SLUG": slug(branch),
-            "HOOKD_COMMIT": self.commit,
-            "HOOKD_BEFORE": run.before,
-            "HOOKD_PUSHER": run.pusher,
-            "HOOKD_DELIVERY": run.delivery,
-            "HOOKD_RUN": str(run.id),
-            "HOOKD_PAYLOAD": run_file(self.state, run.id, "payload.json"),
-            "HOOKD_LAST_GOOD": run.last_good,
-        }
-        return base_environment(self.hook) | {k.encode(): variable(v) for k, v in facts.items()}
+            "EVENT": run.event, "REPO": run.target.repo, "REF": run.target.ref, "BRANCH": branch,
+            "SLUG": slug(branch), "COMMIT": self.commit, "BEFORE": run.before,
+            "PUSHER": run.pusher, "DELIVERY": run.delivery, "RUN": run.id,
+            "PAYLOAD": run_file(self.state, run.id, "payload.json"), "LAST_GOOD": run.last_good,
+            **facts}
+        own = {f"HOOKD_{name}".encode(): variable(str(fact)) for name, fact in facts.items()}
+        return base_environment(self.hook) | own
 
-    def child(
-        self, arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str, deadline: float
-    ) -> int:
-        """Run a child to its end, or the run's; return its exit status, 128+N after signal N."""
+    def child(self, arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str,
+              deadline: float) -> int:
+        """Run a child to its end, or to the run's; return its exit status, 128+N after signal N."""
         child = subprocess.Popen(
             arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks.files,
-        )  # fmt: skip
+            stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks)
         with child:
             self.follow(child, child.stdout.fileno(), deadline)  # type: ignore[union-attr]
-        if end_group(child.pid):
+        if end_group(child.pid, 0.25):
             self.say("ended the processes that were left in the run's process group")
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
     def follow(self, child: subprocess.Popen[bytes], pipe: int, deadline: float) -> None:
         """Copy the pipe until the child is gone, ending its group when it is time to."""
-        poll = select.poll()
+        poll, is_open, kill_at = select.poll(), True, 0.0
         poll.register(pipe, select.POLLIN)
-        is_open, kill_at = True, 0.0
         while child.poll() is None:
             if is_open and poll.poll(250):
-                is_open = self.copy(pipe)
+                data = os.read(pipe, CHUNK)
+                is_open = bool(data)
+                self.output.write(data)
             elif not is_open:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(0.25)
@@ -1350,27 +1157,16 @@ class Job:
                 signal_group(child.pid, signal.SIGKILL if kill_at else signal.SIGTERM)
                 kill_at = now + GRACE_SECONDS
         if is_open and poll.poll(0):  # its last words; a background child's would never end
-            self.copy(pipe)
-
-    def copy(self, pipe: int) -> bool:
-        data = os.read(pipe, CHUNK)
-        self.output.write(data)
-        return bool(data)
-
-
-def private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
+            self.output.write(os.read(pipe, CHUNK))
 
 def variable(text: str) -> bytes:
     """Make an environment variable of any text: no NUL, no surrogate, at most 64 KB."""
     return text.replace("\0", "?").encode("utf-8", "replace")[:VARIABLE_MAX]
 
-
 def base_environment(hook: Hook) -> dict[bytes, bytes]:
     own = {name: text for name, text in os.environb.items() if not PRIVATE.fullmatch(name)}
-    return own | {name.encode(): variable(text) for name, text in hook.environment}
-
+    given = {name.encode(): variable(text) for name, text in hook.environment}
+    return own | given | {b"GIT_TERMINAL_PROMPT": b"0"}
 
 def signal_group(group: int, number: int) -> bool:
     """Signal a process group; False where nothing of ours is left in it."""
@@ -1380,30 +1176,30 @@ def signal_group(group: int, number: int) -> bool:
         return False
     return True
 
-
-def end_group(group: int) -> bool:
+def end_group(group: int, patience: float = 0.0) -> bool:
     """End what is left of a process group, by TERM, then KILL; True where there was anything."""
-    if not signal_group(group, signal.SIGTERM):
-        return False
-    deadline = time.monotonic() + GRACE_SECONDS
-    while signal_group(group, 0) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    signal_group(group, signal.SIGKILL)
-    return True
-
+    term_at, kill_at = time.monotonic() + patience, 0.0
+    while signal_group(group, 0):
+        now = time.monotonic()
+        if now >= (kill_at or term_at):
+            signal_group(group, signal.SIGKILL if kill_at else signal.SIGTERM)
+            if kill_at:
+                return True
+            kill_at = now + GRACE_SECONDS
+        time.sleep(0.01)
+    return bool(kill_at)
 
 def end_survivors(state: str, run: int) -> int:
     """End whatever still carries a run's environment after a crash; return how many groups."""
     mark = b"HOOKD_PAYLOAD=" + os.fsencode(run_file(state, run, "payload.json"))
     groups = set()
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        with contextlib.suppress(OSError):
-            if name.isdigit() and mark in open(f"/proc/{name}/environ", "rb").read().split(b"\0"):
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/{int(name)}/environ", "rb") as f:
+            if mark in f.read().split(b"\0"):
                 groups.add(os.getpgid(int(name)))
     for group in groups:
         end_group(group)
     return len(groups)
-
 
 def check_out(job: Job, deadline: float) -> Outcome | None:
     """Make a run's directory the newest commit of its ref; None when done, else the failure.
@@ -1411,71 +1207,61 @@ def check_out(job: Job, deadline: float) -> Outcome | None:
     Tracked files become the commit's; untracked and ignored ones stay. HEAD is detached, so that
     branches like `a` and `a/b` can share a working copy.
     """
-    hook, target = job.hook, job.run.target
-    directory, url = target.directory, fill(hook.git, target.repo, "")
-    environ = job.environment() | git_environment(hook, job.state)
-    problem = unfit(directory, url, environ)
-    if problem:
-        return Outcome("failed", 1, problem)
+    directory, url = job.run.target.directory, fill(job.hook.git, job.run.target.repo, "")
+    environ = job.environment({}) | git_environment(job.hook, job.state)
+    inside, config = os.listdir(directory), os.path.join(directory, ".git", "config")
+    if inside and ".git" not in inside:
+        return Outcome("failed", 1, f"{directory} is not empty and no git repository; empty it, or "
+                                    "set another directory")
+    have = ask_git(["config", "--file", config, "remote.origin.url"], environ)[1].strip()
+    if have != url and (have or inside not in ([], [".git"])):
+        remedy = shlex.join(["git", "-C", directory, "remote", "set-url", "origin", url])
+        return Outcome("failed", 1, f"{directory} is a clone of {have or 'nothing'}, not of {url}; "
+                                    f"if it may become one: {remedy}")
     break_locks(directory)
-    steps = [
-        ["init", "-q"],
-        ["config", "remote.origin.url", url],
-        ["fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no", "origin", target.ref],
-        ["checkout", "-q", "--force", "--detach", "FETCH_HEAD"],
-        ["submodule", "-q", "sync", "--recursive"],
-        ["submodule", "-q", "update", "--init", "--recursive", "--force"],
-    ]
-    for step in steps:
-        if step[0] == "submodule" and not os.path.exists(os.path.join(directory, ".gitmodules")):
-            continue
+    steps = [] if have else [["init", "-q"], ["config", "remote.origin.url", url]]
+    steps += [["fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no", "origin",
+               job.run.target.ref], ["checkout", "-q", "--force", "--detach", "FETCH_HEAD"]]
+    modules = [["submodule", "-q", "sync", "--recursive"],
+               ["submodule", "-q", "update", "--init", "--recursive", "--force"]]
+    while steps:
+        step = steps.pop(0)
         # A gc that detaches would leave the run's process group and work on without its lock.
         code = job.child(["git", "-c", "gc.autoDetach=false", *step], environ, directory, deadline)
-        if code or job.verdict:
-            return job.outcome(code or 1, advice(job.output.recent) or f"git {step[0]} failed")
+        index = os.path.join(directory, ".git", "index")
+        if code and b"index file" in job.output.recent and os.path.exists(index):
+            os.unlink(index)  # cut short by a crash: git makes it anew
+            steps.insert(0, step)
+        elif code or job.verdict:
+            words = job.output.recent.decode("utf-8", "replace")
+            return job.outcome(code or 1, advice(words) or f"git {step[0]} failed")
+        elif step[0] == "checkout" and os.path.exists(os.path.join(directory, ".gitmodules")):
+            steps += modules
     job.commit = ask_git(["rev-parse", "HEAD"], environ, directory)[1].strip()
     return None
-
 
 def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
     """Return what lets git and ssh work without a person: no prompt, one key, known hosts."""
     known = os.path.join(state, "known_hosts")
-    options = ["BatchMode=yes", "StrictHostKeyChecking=accept-new", f'UserKnownHostsFile="{known}"']
-    ssh = ["ssh", *(word for option in options for word in ("-o", option))]
+    known = f'"{known}"' if " " in known else known
+    ssh = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new",
+           "-o", f"UserKnownHostsFile={known}"]
     ssh += ["-o", "IdentitiesOnly=yes", "-i", hook.deploy_key] if hook.deploy_key else []
-    settings = {"GIT_SSH_COMMAND": shlex.join(ssh), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-    return {name.encode(): os.fsencode(text) for name, text in settings.items()}
+    return {b"GIT_SSH_COMMAND": os.fsencode(shlex.join(ssh)), b"LC_ALL": b"C"}
 
-
-def ask_git(
-    arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str = "/"
-) -> tuple[int, str, bytes]:
+def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str = "/",
+            ) -> tuple[int, str, str]:
     """Return exit status, output and errors of a git command that only asks."""
     child = subprocess.Popen(
         ["git", *arguments], cwd=cwd, env=environ, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         output, errors = child.communicate(timeout=GIT_SECONDS)
     except subprocess.TimeoutExpired:
         signal_group(child.pid, signal.SIGKILL)  # git alone would leave its ssh on the pipe
         output, errors = child.communicate()
-        errors += b"no answer in time"
-    return child.returncode, output.decode("utf-8", "replace"), errors
-
-
-def unfit(directory: str, url: str, environ: Mapping[bytes, bytes]) -> str:
-    """Return why a directory must not be touched, with the remedy; empty where it may be."""
-    inside = os.listdir(directory)
-    if inside and ".git" not in inside:
-        return f"{directory} is not empty and not a git repository; empty it, or set another"
-    config = os.path.join(directory, ".git", "config")
-    have = ask_git(["config", "--file", config, "remote.origin.url"], environ)[1].strip()
-    if have == url or inside in ([], [".git"]) and not have:
-        return ""
-    command = f"git -C {shlex.quote(directory)} remote set-url origin {shlex.quote(url)}"
-    return f"{directory} is a clone of {have or 'nothing'}, not of {url}; if it may be: {command}"
-
+        errors += b"\nno answer in time"
+    return child.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
 def break_locks(directory: str) -> None:
     """Remove the lock files of a killed git: under our lock, nobody else works here."""
@@ -1485,23 +1271,18 @@ def break_locks(directory: str) -> None:
             if name.endswith(".lock"):
                 os.unlink(os.path.join(folder, name))
 
-
-def advice(output: bytes) -> str:
+def advice(words: str) -> str:
     """Say what to do about git's last words; empty where we know nothing."""
-    text = output.decode("utf-8", "replace")
-    return next((f"git: {words}: {what}" for words, what in ADVICE.items() if words in text), "")
-
+    return next((f"git: {said}: {what}" for said, what in ADVICE.items() if said in words), "")
 
 def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
     """Ask a remote for its branches; return commit by ref; raise OSError with the cause."""
     environ = base_environment(hook) | git_environment(hook, state)
     code, output, errors = ask_git(["ls-remote", "--heads", "--", fill(hook.git, repo, "")], environ)
     if code:
-        last = errors.decode("utf-8", "replace").strip().splitlines()[-1:]
-        raise OSError(advice(errors) or "".join(last) or f"git ended with {code}")
+        raise OSError(advice(errors) or errors.strip().rpartition("\n")[2] or f"git exit {code}")
     pairs = (line.partition("\t") for line in output.splitlines())
     return {ref: commit for commit, _, ref in pairs}
-
 
 # ========================================================================================= HTTP
 # Sockets only: bytes become whole requests, answers become bytes. One loop in one thread serves
@@ -1513,8 +1294,7 @@ def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
 # never the largest and never the oldest.
 
 SSL_WANT_READ = 2  # ssl.SSL_ERROR_WANT_READ; ssl is imported only where it is used
-LOOPBACK = re.compile(r"127\.|::1$|::ffff:127\.")
-
+LOOPBACK = re.compile(r"127\.|::1$|::ffff:127\.|$")
 
 class Connection:
     """Hold one sender's socket, what it has sent, and until when it may go on."""
@@ -1522,21 +1302,17 @@ class Connection:
     __slots__ = ("buffer", "client", "deadline", "head", "lingers", "peer", "sock", "whole")
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
-        self.sock, self.peer, self.client = sock, peer, peer
-        self.buffer = bytearray()
-        self.head: Request | None = None
-        self.deadline = 0.0
+        self.sock, self.peer, self.client, self.deadline = sock, peer, peer, 0.0
+        self.buffer, self.head = bytearray(), None  # type: bytearray, Request | None
         self.whole = False  # the request is complete and waits for its answer
         self.lingers = False  # it has been answered for good; what still comes is thrown away
-
 
 class Arrival(NamedTuple):
     """Hold a whole request and the connection its answer goes to."""
 
     connection: Connection
     request: Request
-    body: bytes | bytearray
-
+    body: Body
 
 class Server:
     """Serve HTTP; callers call `poll` and give each Arrival a `reply` before the next.
@@ -1545,18 +1321,15 @@ class Server:
     made in here, to be answered with `reply` too. `wake` is a socket that ends a `poll`.
     """
 
-    def __init__(
-        self,
-        check: Callable[[Request, str], None],
-        refused: Callable[[Connection, Refusal], None],
-        wake: socket.socket,
-    ) -> None:
+    def __init__(self, check: Callable[[Request, str], None],
+                 refused: Callable[[Connection, Refusal], None], wake: socket.socket) -> None:
         self.check, self.refused, self.wake = check, refused, wake
         self.selector = selectors.DefaultSelector()
         self.selector.register(wake, selectors.EVENT_READ)
         self.listeners: list[socket.socket] = []
         self.tls: ssl.SSLContext | None = None
         self.room, self.held = BODIES_MAX, 0
+        self.pipelined: list[Connection] = []  # answered, with the next request in the buffer
         # In the order of deadlines: who gets a new one moves to the end.
         self.connections: OrderedDict[Connection, None] = OrderedDict()
 
@@ -1573,8 +1346,11 @@ class Server:
         """Wait for something to happen; return the requests that are whole now."""
         if self.connections:
             timeout = min(timeout, next(iter(self.connections)).deadline - time.monotonic())
-        arrivals = []
-        for key, _ in self.selector.select(None if timeout == NEVER else max(timeout, 0)):
+        pipelined, self.pipelined = self.pipelined, []
+        arrivals = [arrival for one in pipelined if one in self.connections
+                    for arrival in self.digest(one, b"")]
+        wait = 0 if pipelined else None if timeout == NEVER else max(timeout, 0)
+        for key, _ in self.selector.select(wait):
             if isinstance(key.data, Connection):
                 arrivals += self.receive(key.data)
             elif key.fileobj is self.wake:
@@ -1583,7 +1359,10 @@ class Server:
                 self.accept(key.fileobj)
         now = time.monotonic()
         while self.connections and next(iter(self.connections)).deadline <= now:
-            self.expire(next(iter(self.connections)))
+            late = next(iter(self.connections))
+            if (late.buffer or late.head) and not late.lingers:
+                self.refused(late, Refusal(408, "request took too long"))
+            self.drop(late)
         return arrivals
 
     def accept(self, listener: Any) -> None:
@@ -1609,11 +1388,6 @@ class Server:
         self.connections[connection] = None
         self.connections.move_to_end(connection)
 
-    def expire(self, connection: Connection) -> None:
-        if (connection.buffer or connection.head) and not connection.lingers:
-            self.refused(connection, Refusal(408, "request took too long"))
-        self.drop(connection)
-
     def drop(self, connection: Connection) -> None:
         self.take(connection, len(connection.buffer))
         if connection in self.connections:
@@ -1621,15 +1395,15 @@ class Server:
             self.selector.unregister(connection.sock)
             connection.sock.close()
 
-    def take(self, connection: Connection, size: int) -> bytes | bytearray:
+    def take(self, connection: Connection, size: int) -> Body:
         """Take bytes out of a buffer; the whole of it is not copied."""
         self.held -= size
-        taken: bytes | bytearray
-        if size == len(connection.buffer):
-            taken, connection.buffer = connection.buffer, bytearray()
-        else:
-            taken = connection.buffer[:size]
+        taken = connection.buffer
+        if size < len(taken):
+            taken = taken[:size]
             del connection.buffer[:size]
+        else:
+            connection.buffer = bytearray()
         return taken
 
     def receive(self, connection: Connection) -> list[Arrival]:
@@ -1641,32 +1415,32 @@ class Server:
             if not handshake and not isinstance(error, BlockingIOError):
                 self.drop(connection)
             return []
-        try:
-            return self.digest(connection, data)
-        except Refusal as refusal:
-            self.refused(connection, refusal)
+        if connection.lingers and data:
             return []
+        if not data:
+            if (connection.buffer or connection.head) and not connection.lingers:
+                self.refused(connection, Refusal(400, "request ended too early"))
+            self.drop(connection)
+            return []
+        if not connection.buffer and not connection.head:
+            self.rearm(connection)
+        return self.digest(connection, data)
 
     def digest(self, connection: Connection, data: bytes) -> list[Arrival]:
         """Add to a connection's buffer; return the request that is whole by that."""
-        begun = connection.buffer or connection.head
-        if connection.lingers or not data:
-            if begun and not connection.lingers:
-                self.refused(connection, Refusal(400, "request ended too early"))
-            if not data:
-                self.drop(connection)
-            return []
-        if not begun:
-            self.rearm(connection)
         connection.buffer += data
         self.held += len(data)
         if self.held > self.room:
             largest = max(self.connections, key=lambda other: len(other.buffer))
             self.refused(largest, Refusal(503, "too much in flight, send it again later"))
-        if connection.head is None and not connection.lingers:
-            self.take_head(connection)
+        try:
+            if connection.head is None and not connection.lingers:
+                self.take_head(connection)
+        except Refusal as refusal:
+            self.refused(connection, refusal)
+            return []
         head = connection.head
-        if head is None or len(connection.buffer) < head.length:
+        if head is None or connection.whole or len(connection.buffer) < head.length:
             return []
         connection.whole = True
         self.rearm(connection)
@@ -1678,11 +1452,9 @@ class Server:
             check_start(bytes(connection.buffer))
             return
         connection.head = head = read_head(bytes(self.take(connection, end + 4)[:end]))
-        connection.client = connection.peer
-        if not connection.peer or LOOPBACK.match(connection.peer):  # then a proxy may know better
-            forwarded = head.fields.get("x-forwarded-for", "").rpartition(",")[2].strip()
-            if re.fullmatch(r"[0-9A-Fa-f.:]{2,45}", forwarded):
-                connection.client = forwarded
+        forwarded = head.fields.get("x-forwarded-for", "").rpartition(",")[2].strip()
+        trusted = LOOPBACK.match(connection.peer) and re.fullmatch("[0-9A-Fa-f.:]+", forwarded)
+        connection.client = forwarded if trusted else connection.peer
         self.check(head, connection.client)
         if head.fields.get("expect", "").lower() == "100-continue" and not connection.buffer:
             self.send(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1693,79 +1465,72 @@ class Server:
         if head and not whole and len(connection.buffer) >= head.length:
             self.take(connection, head.length)
             whole = True
-        keep = whole and head and head.keep_alive and self.listeners and not connection.buffer
-        body = f"{text}\n".encode()
-        answer = (
-            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-            f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
-            + "Allow: POST\r\n" * (status == 405)
-            + ("\r\n" if keep else "Connection: close\r\n\r\n")
-        ).encode()
+        keep = whole and head and head.keep_alive and self.listeners
+        body = b"" if head and head.method == "HEAD" else f"{text}\n".encode()
+        answer = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+                  f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
+                  + "Allow: POST\r\n" * (status == 405)
+                  + ("\r\n" if keep else "Connection: close\r\n\r\n"))
         connection.head, connection.whole = None, False
-        self.send(connection, answer if head and head.method == "HEAD" else answer + body)
+        self.send(connection, answer.encode() + body)
+        if connection not in self.connections:
+            return
         if keep:
             self.rearm(connection)
+            self.pipelined += [connection] if connection.buffer else []
         elif whole:
             self.drop(connection)
-        else:
-            self.linger(connection)
+        else:  # a close would be a reset, which takes the answer from a sender still sending
+            self.take(connection, len(connection.buffer))
+            connection.lingers = True
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_WR)
 
     def send(self, connection: Connection, data: bytes) -> None:
         """Send a few bytes at once; who has no room for them does not listen."""
         try:
-            sent = connection.sock.send(data)
+            if connection.sock.send(data) == len(data):
+                return
         except OSError:
-            sent = 0
-        if sent != len(data):
-            self.drop(connection)
-
-    def linger(self, connection: Connection) -> None:
-        """Close without a reset, which would take the answer from a sender still sending."""
-        self.take(connection, len(connection.buffer))
-        connection.lingers = True
-        try:
-            connection.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.drop(connection)
+            pass
+        self.drop(connection)
 
     def fail(self) -> None:
         """Answer 500 to whoever still waits after a bug of ours."""
         for connection in [one for one in self.connections if one.whole]:
             self.reply(connection, 500, "a bug in hookd")
 
-
 # ============================================================================== systemd and log
 # What hookd tells the machine it runs on. A stuck syslog must not delay a delivery: lines wait
 # in a bounded queue for a thread of their own; those that find it full are counted and told later.
 
-
 def open_log(wanted: str, syslog: str = "/dev/log") -> logging.handlers.QueueListener:
     """Send the log to syslog or stderr; return its running thread. Raises OSError."""
     handler: logging.Handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s: %(message)s"))
+    form = "%(asctime)s %(levelname)s: %(message)s"
     if wanted == "syslog" or (wanted == "auto" and not sys.stderr.isatty()):
         try:
-            handler = logging.handlers.SysLogHandler(syslog, "daemon")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+                probe.connect(syslog)
+            handler, form = logging.handlers.SysLogHandler(syslog, "daemon"), "%(message)s"
             handler.ident = f"hookd[{os.getpid()}]: "
-            handler.setFormatter(LineFormatter("%(message)s"))
-        except OSError:
+        except OSError as error:
             if wanted == "syslog":
-                raise
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(10_000)
-    log.addHandler(PatientHandler(lines))
+                raise OSError(f"no syslog answers on {syslog}: {error}; set log = stderr") from None
+    handler.setFormatter(LineFormatter(form))
+    waiting: queue.Queue[logging.LogRecord] = queue.Queue(10_000)
+    log.addHandler(PatientHandler(waiting))
     log.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a line that syslog refuses is no traceback on stderr
-    listener = logging.handlers.QueueListener(lines, handler)
+    listener = logging.handlers.QueueListener(waiting, handler)
     listener.start()
     return listener
-
 
 class LineFormatter(logging.Formatter):
     """Write an event on one line, its traceback too, with nothing that a terminal obeys."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escape(super().format(record))
-
 
 class PatientHandler(logging.handlers.QueueHandler):
     """Queue a line, or count it as lost while the queue is full."""
@@ -1782,14 +1547,12 @@ class PatientHandler(logging.handlers.QueueHandler):
         except queue.Full:
             self.lost += 1
 
-
 class Noise:
     """Tell the first refusal of each kind at once and the others once a minute, counted."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
-        self.until = NEVER
-        self.client = ""
+        self.until, self.client = NEVER, ""
 
     def add(self, refusal: Refusal, client: str) -> None:
         kind, self.client = f"{refusal.reason} status={refusal.status}", client or "unix"
@@ -1808,7 +1571,6 @@ class Noise:
             self.counts.clear()
             self.until = NEVER
 
-
 def notify(text: str, *files: int) -> None:
     """Tell systemd, where it listens (sd_notify(3)); descriptors go with FDSTORE=1."""
     path = os.environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
@@ -1816,7 +1578,6 @@ def notify(text: str, *files: int) -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect(path)
             socket.send_fds(sock, [text.encode()], list(files))
-
 
 def passed_sockets() -> dict[str, list[socket.socket]]:
     """Take the listening sockets that systemd passed, by name (sd_listen_fds(3))."""
@@ -1827,7 +1588,6 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
             found.setdefault(name, []).append(socket.socket(fileno=3 + place))
     return found
 
-
 def listens_on(sock: socket.socket, wanted: Address) -> bool:
     """Tell whether a socket is what `listen` asks for, and still reachable by its name."""
     name = sock.getsockname()
@@ -1836,9 +1596,8 @@ def listens_on(sock: socket.socket, wanted: Address) -> bool:
     found = socket.getaddrinfo(wanted.host, None) if wanted.port in (0, name[1]) else []
     return any(address[0] == name[0] for *_, address in found)
 
-
 def open_socket(wanted: Address) -> socket.socket:
-    """Bind and listen; raise OSError. A unix socket that nobody answers on is replaced."""
+    """Bind and listen; raise OSError. A unix socket that a killed hookd left is replaced."""
     name: Any = wanted.host
     try:
         if wanted.port >= 0:
@@ -1847,7 +1606,9 @@ def open_socket(wanted: Address) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         else:
             sock = socket.socket(socket.AF_UNIX)
-            free_name(name)
+            with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(name) == errno.ECONNREFUSED:
+                    os.unlink(name)
         sock.bind(name)
     except OSError as error:
         remedy = "stop who has it, or change listen"
@@ -1857,27 +1618,15 @@ def open_socket(wanted: Address) -> socket.socket:
     sock.listen(4096)  # enough of a queue for a restart
     return sock
 
-
-def free_name(path: str) -> None:
-    """Remove a unix socket that a killed hookd left; one that answers stays."""
-    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-
-
 def bound_address(sock: socket.socket) -> Address:
     name = sock.getsockname()
     return Address(name) if isinstance(name, str) else Address(name[0], name[1])
-
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
     """Return what serves tls_cert, None without; raise OSError."""
     if not config.tls_cert:
         return None
     import ssl
-
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -1886,12 +1635,10 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
         raise OSError(f"tls_cert and tls_key cannot be used: {error}") from None
     return context
 
-
 # ======================================================================================= daemon
 # The one part that knows all the others: deliveries come in, rows are written, jobs go out. Only
 # the main thread decides. A job's thread carries out one run, records its end and wakes the main
 # thread through a socket, as signals do, and the thread that asks remotes.
-
 
 class Daemon:
     """Serve until told to stop; callers call `serve`, once. `load` reads the ini anew."""
@@ -1906,12 +1653,11 @@ class Daemon:
         self.recovered = False
         self.noise, self.remotes = Noise(), Remotes(self)
         usec = os.environ.get("WATCHDOG_USEC", "")
-        self.beat = int(usec) / 2e6 if usec.isdigit() else NEVER
-        self.beat_at = 0.0 if usec else NEVER
+        self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)
         self.told = ""
         ear, self.waker = socket.socketpair()
-        for end in (ear, self.waker):
-            end.setblocking(False)
+        ear.setblocking(False)
+        self.waker.setblocking(False)
         self.server = Server(lambda *head: check_head(self.config, *head), self.refused, ear)
 
     def serve(self) -> int:
@@ -1944,7 +1690,7 @@ class Daemon:
             self.advance(accepted)
         now = time.monotonic()
         if now >= self.remotes.at:
-            self.remotes.ask_due()
+            self.remotes.start()
         if now >= self.stop_at:
             for job in list(self.jobs.values()):
                 job.end("interrupted", "hookd was stopped")
@@ -1966,8 +1712,8 @@ class Daemon:
         self.answer(connection, refusal.status, refusal.reason)
 
     def answer(self, connection: Connection, status: int, text: str) -> None:
-        readable = connection.head or connection.whole
-        quiet = self.config.quiet and readable and status not in (400, 408)
+        readable = connection.whole or (connection.head and status not in (400, 408))
+        quiet = self.config.quiet and readable
         self.server.reply(connection, 200 if quiet else status, "ok" if quiet else text)
 
     def judge(self, arrival: Arrival) -> list[tuple[Arrival, Decision]]:
@@ -1986,8 +1732,8 @@ class Daemon:
         """Answer a signed delivery and log the same."""
         client, delivery = arrival.connection.client or "unix", delivery_id(arrival)
         self.answer(arrival.connection, status, text)
-        log.log(logging.INFO if status < 400 else logging.ERROR,
-                "%s delivery=%s client=%s", text, delivery, client)  # fmt: skip
+        level = logging.INFO if status < 400 else logging.ERROR
+        log.log(level, "%s delivery=%s client=%s", text, delivery, client)
 
     def advance(self, accepted: Sequence[tuple[Arrival, Decision]]) -> None:
         """Queue deliveries and begin runs: one transaction and one fsync, then the answers."""
@@ -2000,7 +1746,7 @@ class Daemon:
         except (sqlite3.Error, OSError) as error:
             log.error("the queue cannot be written: %s state=%s", error, self.config.state)
             for job, _ in begun:
-                job.locks.release()
+                free_locks(job.locks)
             answers = [(503, "it cannot be kept now, send it again later")] * len(accepted)
             begun, self.look_at = [], time.monotonic() + 1
         for (arrival, _), answer in zip(accepted, answers):
@@ -2008,7 +1754,10 @@ class Daemon:
         for job, payload in begun:
             self.jobs[job.run.id] = job
             threading.Thread(target=self.work, args=(job, payload), daemon=True).start()
-        self.tell_systemd()
+        line = f"hooks: {len(self.config.hooks)}, running: {len(self.jobs)}"
+        if line != self.told and self.server.listeners:
+            notify(f"STATUS=listening on {bound_address(self.server.listeners[0])}, {line}")
+            self.told = line
 
     def enqueue(self, arrival: Arrival, decision: Decision) -> tuple[int, str]:
         """Write one delivery into the queue; return its answer, good once it is committed."""
@@ -2017,18 +1766,18 @@ class Daemon:
             return decision.status, decision.text
         target = hook.target(push)
         # With git, whatever comes late deploys the newest commit all the same.
-        if hook.queue != "every" and (push.deleted or not hook.git):
-            if self.store.is_late(target, push):
-                return 200, f"ignored: {push} had a newer push already"
+        guarded = hook.queue != "every" and (push.deleted or not hook.git)
+        if guarded and self.store.is_late(target, push):
+            return 200, f"ignored: {push} had a newer push already"
         if decision.status != 202:
             self.store.consider(target, push)
             return decision.status, decision.text
         number = self.store.add(target, push, delivery_id(arrival), decision.payload)
         replaced = self.store.supersede(target, number) if hook.queue != "every" else []
-        if hook.queue == "replace":
-            for job in list(self.jobs.values()):
-                if job.run.target == target:
-                    job.end("cancelled", f"by run {number}")
+        for job in list(self.jobs.values()) if hook.queue == "replace" else ():
+            if job.run.target == target:
+                job.end("cancelled", f"by run {number}")
+                replaced.append(job.run.id)
         at = " (deleted)" if push.deleted else f" at {push.commit[:7]}" if push.commit else ""
         place = "".join(f", in place of run {old}" for old in replaced)
         return 202, f"queued run {number}: {push}{at}{place}"
@@ -2044,16 +1793,14 @@ class Daemon:
                     again = "runs again" if self.store.requeue(run) else "stays so"
                     log.warning("run %d was interrupted and %s: %s ended=%d", run.id, again, run, ended)
                 self.recovered = True
-            except (sqlite3.Error, OSError, ConfigError) as error:
+            except (sqlite3.Error, OSError) as error:
                 log.error("the state cannot be used: %s state=%s", error, self.config.state)
                 time.sleep(1)
         self.wake()
 
     def dispatch(self, begun: list[tuple[Job, str]]) -> None:
         """Begin what can begin: oldest first, one a target, while jobs and locks are free."""
-        if self.stop_at != NEVER or not self.recovered:
-            return
-        for run in self.store.waiting():
+        for run in self.store.waiting() if self.recovered and self.stop_at == NEVER else ():
             hook = self.config.by_section.get(run.target.hook)
             if len(self.jobs) + len(begun) >= self.config.jobs:
                 return
@@ -2061,7 +1808,7 @@ class Daemon:
                 self.store.dismiss(run.id, "cancelled", "hookd.ini has no such hook any more")
                 continue
             holder = f"hookd {os.getpid()} run {run.id}"
-            locks = Locks.take(self.config.state, lock_names(hook, run.target), holder)
+            locks = take_locks(self.config.state, lock_names(hook, run.target), holder)
             if locks is None:
                 self.look_at = time.monotonic() + 0.5  # it may be another process's
             else:
@@ -2076,7 +1823,7 @@ class Daemon:
         except Exception:
             log.exception("a bug in hookd, in run %d; please report this", run.id)
             outcome = Outcome("failed", 1, "a bug in hookd; its log has it")
-        close_job(self.store, job, outcome, time.monotonic() - began, lambda: self.stop_at == NEVER)
+        close_job(self.store, job, outcome, time.monotonic() - began)
         del self.jobs[run.id]
         self.wake()
 
@@ -2089,12 +1836,11 @@ class Daemon:
         self.server.tls, self.config, self.store.keep = tls, config, config.keep
         self.server.room = max(BODIES_MAX, config.max_body + HEAD_MAX)
         self.server.listen(listeners)
-        with contextlib.suppress(OSError), open(address_file(config), "w") as file:
+        with contextlib.suppress(OSError), open(f"{config.state}/address", "w") as file:
             file.write(str(bound_address(listeners[0])))
 
-    def listeners(
-        self, wanted: Address, passed: Mapping[str, list[socket.socket]]
-    ) -> list[socket.socket]:
+    def listeners(self, wanted: Address, passed: Mapping[str, list[socket.socket]],
+                  ) -> list[socket.socket]:
         """Return a .socket unit's sockets, else the one we have or stored, else a new one."""
         others = [sock for name in passed if name != "hookd" for sock in passed[name]]
         if others or (self.server.listeners and self.config.listen == wanted):
@@ -2121,14 +1867,14 @@ class Daemon:
         else:
             self.stop_at = time.monotonic() + DRAIN_SECONDS
             notify("STOPPING=1")
-            log.info("stopping when running commands are done, in %d s at most: running=%d",
-                     DRAIN_SECONDS, len(self.jobs))  # fmt: skip
+            log.info("stopping after %d running commands, in %d s at most",
+                     len(self.jobs), DRAIN_SECONDS)
 
     def reload(self) -> None:
         try:
             config = self.load()
             if config.state != self.config.state:
-                raise ConfigError([f"{config.place}: [hookd] state: changed; restart hookd for that"])
+                raise ConfigError(f"{config.place}: [hookd] state: changed; restart hookd for that")
             self.apply(config, {})
             self.remotes.at = 0.0
             log.info("reloaded: listening on %s hooks=%d", config.listen, len(config.hooks))
@@ -2152,32 +1898,23 @@ class Daemon:
         self.store.close()
         log.info("stopped")
 
-    def tell_systemd(self) -> None:
-        """Keep the line in `systemctl status` true."""
-        line = f"{len(self.config.hooks)} hooks, {len(self.jobs)} running"
-        if line != self.told and self.server.listeners:
-            notify(f"STATUS=listening on {bound_address(self.server.listeners[0])}: {line}")
-            self.told = line
-
-
 class Remotes:
     """Find what no delivery told of: ask the remotes at start and every `catch_up`."""
 
     def __init__(self, daemon: Daemon) -> None:
-        self.daemon = daemon
-        self.at = 0.0  # when the next is to be asked
+        self.daemon, self.at = daemon, 0.0  # when the next is to be asked
         self.next: dict[str, float] = {}  # by section
         self.down: set[str] = set()
 
-    def ask_due(self) -> None:
+    def start(self) -> None:
         """Ask those whose time has come, in a thread of their own, one after the other."""
-        hooks = self.daemon.config.hooks
-        mine = [hook for hook in hooks if hook.git and hook.catch_up and hook.event == "push"]
         self.at = NEVER  # until the thread is through
-        threading.Thread(target=self.ask, args=(mine,), daemon=True).start()
+        threading.Thread(target=self.ask, daemon=True).start()
 
-    def ask(self, hooks: Sequence[Hook]) -> None:
+    def ask(self) -> None:
         """Ask for each hook: the root of a thread."""
+        hooks = [hook for hook in self.daemon.config.hooks
+                 if hook.git and hook.catch_up and hook.event == "push"]
         for hook in hooks:
             try:
                 if self.next.get(hook.section, 0.0) <= time.monotonic():
@@ -2195,7 +1932,7 @@ class Remotes:
         """Return the repositories of a hook: for `owner/*`, those that hookd has heard of."""
         if not hook.repo.endswith("/*"):
             return [hook.repo]
-        with self.daemon.store.transaction():
+        with self.daemon.store.lock:
             sql = "SELECT DISTINCT repo FROM targets WHERE hook = ?"
             return [repo for (repo,) in self.daemon.store.execute(sql, hook.section)]
 
@@ -2215,56 +1952,39 @@ class Remotes:
         for ref, commit in branches.items():
             push = Push("push", repo, ref, commit)
             first = next((h for h in self.daemon.config.hooks_for(repo) if h.matches(push)), None)
-            if first is hook:
+            if first == hook:
                 with store.transaction():
                     if store.is_news(hook.target(push), commit):
                         number = store.add(hook.target(push), push, "catch-up", push_json(push))
                         log.info("queued run %d: %s at %s, found by catch-up", number, push, commit[:7])
 
-
 def delivery_id(arrival: Arrival) -> str:
     return escape(arrival.request.fields.get("x-github-delivery", "")[:100]) or "-"
 
-
-def close_job(
-    store: Store, job: Job, outcome: Outcome, duration: float, patient: Callable[[], bool]
-) -> None:
+def close_job(store: Store, job: Job, outcome: Outcome, duration: float) -> None:
     """Tell the log how a run ended, record it however long that takes, and free its locks."""
-    run, good = job.run, outcome.state == "ok"
-    note = f" ({outcome.note})" if outcome.note else ""
-    log.log(logging.INFO if good else logging.WARNING, "run %d %s%s: %s exit=%d seconds=%.1f delivery=%s",
-            run.id, outcome.state, note, run, outcome.exit, duration, run.delivery)  # fmt: skip
-    last = job.recent.decode("utf-8", "replace").splitlines()[-TOLD_LINES:]
-    for line in last if outcome.state in ("failed", "timeout") else ():
-        log.warning("run %d said: %s", run.id, line)
+    run, note = job.run, f" ({outcome.note})" if outcome.note else ""
+    level = logging.INFO if outcome.state == "ok" else logging.WARNING
+    log.log(level, "run %d %s%s: %s exit=%d seconds=%.1f delivery=%s", run.id, outcome.state, note,
+            run, outcome.exit, duration, run.delivery)
+    if outcome.state in ("failed", "timeout"):
+        for line in job.recent.decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
+            log.warning("run %d said: %s", run.id, line)
     while True:
         try:
             for old in store.finish(run, outcome, job.commit, duration):
-                forget(job.state, old)
+                with contextlib.suppress(FileNotFoundError):
+                    for name in os.listdir(run_file(job.state, old)):
+                        os.unlink(run_file(job.state, old, name))
+                    os.rmdir(run_file(job.state, old))
             break
         except (sqlite3.Error, OSError) as error:
             log.error("the end of run %d cannot be written: %s", run.id, error)
-            if not patient():
-                break
             time.sleep(1)
-    job.locks.release()
-
-
-def forget(state: str, run: int) -> None:
-    """Remove a run's files."""
-    with contextlib.suppress(FileNotFoundError):
-        for name in os.listdir(run_file(state, run)):
-            os.unlink(run_file(state, run, name))
-        os.rmdir(run_file(state, run))
-
-
-def address_file(config: Config) -> str:
-    return os.path.join(config.state, "address")
-
+    free_locks(job.locks)
 
 # ================================================================================= command line
 # Verbs for people. They read the same ini, and touch the state as the user who owns it.
-
 
 def default_state(environ: Mapping[str, str]) -> str:
     """Return where the state is when the ini does not say."""
@@ -2272,84 +1992,80 @@ def default_state(environ: Mapping[str, str]) -> str:
     home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return given or (common if os.path.isdir(common) else os.path.join(home, "hookd"))
 
-
 def load(file: str, create: bool) -> Config:
-    """Read an ini and the secrets it names; with `create`, make what is missing by default."""
+    """Read an ini and the secrets it names; with `create`, make the default one if missing."""
     base = os.path.dirname(os.path.abspath(file))
+    try:
+        with open(file, encoding="utf-8-sig") as ini:
+            text = ini.read()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: is not UTF-8 text; save it as that") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error}; name the ini with -c FILE") from None
+    become_owner(text, base)
     folder = os.environ.get("CREDENTIALS_DIRECTORY", base)
 
     def read_secret(name: str, is_default: bool) -> str:
         path = os.path.join(folder, name)
         if is_default and not os.path.exists(path):
-            return make_secret(path) if create else "none yet"
+            import secrets
+            fresh = secrets.token_hex(32)
+            if create:
+                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+                with open(path, "x", encoding="utf-8", opener=private) as file:
+                    file.write(fresh + "\n")
+            return fresh
         with open(path, encoding="utf-8") as file:
             return file.read()
 
-    try:
-        with open(file, encoding="utf-8-sig") as ini:
-            text = ini.read()
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{file}: cannot be read: {error}; name the ini with -c FILE"]) from None
-    become_owner(state_of(text, base))
     return Ini(os.path.basename(file), base, read_secret).config(text, default_state(os.environ))
 
-
-def state_of(text: str, base: str) -> str:
-    """Return the state directory of an ini that may be wrong in other ways."""
+def become_owner(text: str, base: str) -> None:
+    """As root, become the owner of the state that an ini names, so that no file there is root's."""
     ini = Ini.parser(strict=False)
     with contextlib.suppress(configparser.Error):
         ini.read_string(text)
     named = ini.get("hookd", "state", fallback="")
-    return os.path.join(base, named) if named else default_state(os.environ)
-
-
-def become_owner(state: str) -> None:
-    """As root, become the owner of the state, so that no file in it ever is root's."""
+    state = os.path.join(base, named) if named else default_state(os.environ)
     if os.geteuid() == 0 and os.path.isdir(state) and os.stat(state).st_uid:
         import pwd
-
         owner = pwd.getpwuid(os.stat(state).st_uid)
         os.initgroups(owner.pw_name, owner.pw_gid)
         os.setgid(owner.pw_gid)
         os.setuid(owner.pw_uid)
         os.environ.update(HOME=owner.pw_dir, USER=owner.pw_name, LOGNAME=owner.pw_name)
 
-
-def make_secret(path: str) -> str:
-    """Make a secret of 64 random hex digits, for its owner's eyes."""
-    import secrets
-
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    with open(path, "x", encoding="utf-8", opener=private) as file:
-        file.write(secrets.token_hex(32) + "\n")
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
+def make_state(config: Config) -> None:
+    for folder in ("", "runs", "locks", "work"):
+        os.makedirs(os.path.join(config.state, folder), 0o700, exist_ok=True)
+    with contextlib.suppress(PermissionError):
+        os.chmod(config.state, 0o700)
 
 def serve(config: Config, options: argparse.Namespace) -> int:
     """the daemon (the default verb)"""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    wanted = CONNECTIONS_MAX + 96
+    hard, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1], CONNECTIONS_MAX + 96
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
     make_state(config)
-    locks = Locks.take(config.state, ["hookd"], f"hookd {os.getpid()}")
-    if locks is None:
-        with open(lock_path(config.state, "hookd"), encoding="utf-8") as file:
-            holder = " ".join(file.read().split()[:2])
-        raise SystemExit(f"hookd: {config.state} is held by {holder}; stop that one first")
+    if take_locks(config.state, ["hookd"], f"hookd {os.getpid()}") is None:
+        raise SystemExit(f"hookd: {config.state} is held by hookd {daemon_pid(config)}; stop that first")
     listener = open_log(config.log)
     daemon = Daemon(config, lambda: load(options.file, create=True))
     try:
+        with contextlib.suppress(sqlite3.OperationalError):  # full, locked: it may yet become well
+            daemon.store.connect()
         return daemon.serve()
     finally:
         listener.stop()
 
-
-def make_state(config: Config) -> None:
-    os.makedirs(config.state, 0o700, exist_ok=True)
-    for folder in ("runs", "locks", "work"):
-        os.makedirs(os.path.join(config.state, folder), 0o700, exist_ok=True)
-
+def daemon_pid(config: Config) -> int:
+    """Return the pid of the hookd that serves this state, 0 where none does."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open(lock_file(config.state, "hookd"), encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read().split()[1])
+    return 0
 
 def check(config: Config, options: argparse.Namespace) -> int:
     """the ini and what it names: every problem, then a table of the hooks"""
@@ -2359,14 +2075,13 @@ def check(config: Config, options: argparse.Namespace) -> int:
     table(["HOOK", "EVENT", "DIRECTORY"], [[h.section, h.event, h.directory] for h in config.hooks])
     return 78 if problems else 0
 
-
 def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
-    """Find what is wrong with what an ini names, each as section, key, fault and remedy."""
+    """Find what is wrong with what an ini names: section, key, fault and remedy of each."""
     ini, base = Ini.parser(strict=False), os.path.dirname(os.path.abspath(options.file))
     ini.read(options.file, encoding="utf-8-sig")
     for section, key in ((s, key) for s in ini.sections() for key in SECRETS if key in ini[s]):
         name = options.file if key == "secret" else os.path.join(base, ini[section][key])
-        if os.stat(name).st_mode & 0o004:
+        if everybody_reads(os.path.abspath(name)):
             yield f"[{section}] {key}: every user can read {name}; chmod o-r {name}"
     for place, hook in enumerate(config.hooks):
         for problem in examine_hook(config, hook, config.hooks[:place]):
@@ -2383,308 +2098,233 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
     except OSError as error:
         yield f"[hookd] {'tls_cert' if 'tls' in str(error) else 'listen'}: {error}"
 
+def everybody_reads(path: str) -> bool:
+    """Tell whether any user may read a file: it, and enter all the folders above it."""
+    if not os.path.exists(path) or not os.stat(path).st_mode & 0o004:
+        return False
+    while path != "/":
+        path = os.path.dirname(path)
+        if not os.stat(path).st_mode & 0o001:
+            return False
+    return True
 
 def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator[str]:
-    for other in before:
-        same = other.repo.lower() in (hook.repo.lower(), hook.repo.lower().split("/")[0] + "/*")
-        if same and other.event == hook.event and fnmatchcase(hook.pattern, other.pattern):
+    user, names = f"user {os.geteuid()}", (hook.repo.lower(), hook.repo.lower().split("/")[0] + "/*")
+    work = f"{config.state}/{WORK}"
+    for other in (other for other in before if other.repo.lower() in names):
+        if other.event == hook.event and fnmatchcase(hook.pattern, other.pattern):
             yield f"can never match: [{other.section}] above takes all of it; move this one up"
-        default = hook.directory == other.directory == os.path.join(config.state, WORK)
-        if same and default and hook.pattern == other.pattern:
+        elif hook.pattern == other.pattern and hook.directory == other.directory == work:
             yield f"directory: is that of [{other.section}] too; set directory in one of them"
     directory = re.sub(r"/[^/]*\{.*", "", hook.directory)
     while not os.path.exists(directory):
         directory = os.path.dirname(directory)
-    user = f"user {os.geteuid()}"
     if not os.access(directory, os.W_OK | os.X_OK):
-        yield f"directory: {user} cannot write {directory}; chown it, see ReadWritePaths= in the unit"
+        yield f"directory: {user} cannot write {directory}; chown it, or ReadWritePaths= in the unit"
     git = os.path.join(hook.directory, ".git")
     if hook.git and os.path.exists(git) and os.stat(git).st_uid != os.geteuid():
-        yield f"directory: git will not work in another user's {hook.directory}; chown -R it"
-    if hook.deploy_key:
-        try:
-            with open(hook.deploy_key, "rb"):
-                if os.stat(hook.deploy_key).st_mode & 0o077:
-                    yield f"deploy_key: ssh refuses a key that others can read; chmod 600 {hook.deploy_key}"
-        except OSError as error:
-            yield f"deploy_key: {user} cannot read it: {error}; chown it"
-    scripts = (hook.command, hook.on_success, hook.on_failure, hook.on_delete)
-    if any(re.search(r"\bsudo\b", script) for script in scripts) and no_new_privileges(config):
-        yield "command: sudo cannot work under the unit's NoNewPrivileges=; use polkit, see README"
-
-
-def daemon_pid(config: Config) -> int:
-    """Return the pid of the hookd that serves this state, 0 where none does."""
-    with contextlib.suppress(OSError, ValueError):
-        locks = Locks.take(config.state, ["hookd"], "hookd 0 check")
-        if locks is None:
-            with open(lock_path(config.state, "hookd"), encoding="utf-8") as file:
-                return int(file.read().split()[1])
-        locks.release()
-    return 0
-
-
-def no_new_privileges(config: Config) -> bool:
+        yield f"directory: git will not touch another user's {hook.directory}; chown -R it"
+    if hook.deploy_key and not os.access(hook.deploy_key, os.R_OK):
+        yield f"deploy_key: {user} cannot read {hook.deploy_key}; chown it, or mend the name"
+    elif hook.deploy_key and os.stat(hook.deploy_key).st_mode & 0o077:
+        yield f"deploy_key: ssh refuses a key others can read; chmod 600 {hook.deploy_key}"
+    scripts = " ".join((hook.command, hook.on_success, hook.on_failure, hook.on_delete))
     with contextlib.suppress(OSError), open(f"/proc/{daemon_pid(config) or 'self'}/status") as file:
-        return "NoNewPrivs:\t1" in file.read()
-    return False
-
+        if re.search(r"\bsudo\b", scripts) and "NoNewPrivs:\t1" in file.read():
+            yield "command: sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns as wide as they need to be."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     for row in (head, *rows):
         print("  ".join(map(str.ljust, row, widths)).rstrip())
 
-
-def find_hook(config: Config, options: argparse.Namespace, event: str = "") -> tuple[Hook, Push]:
-    """Return the hook of REPO BRANCH and the push that starts it."""
+def find_hook(config: Config, options: argparse.Namespace) -> tuple[Hook | None, Push]:
+    """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
+    push = Push("push", options.repo, f"refs/heads/{options.branch}", "")
     for hook in config.hooks_for(options.repo):
-        kind = "tags" if hook.event == "release" else "heads"
+        event = {"": hook.event, "delete": "push"}.get(options.event, options.event)
+        kind = "tags" if event == "release" else "heads"
         ref = options.branch if options.branch.startswith("refs/") else f"refs/{kind}/{options.branch}"
-        repo, user = hook.named(options.repo), os.environ.get("USER", "")
-        push = Push(event or hook.event, repo, ref, "", pusher=user)
+        push = Push(event, hook.named(options.repo), ref, "", pusher=os.environ.get("USER", ""))
         if hook.matches(push):
             return hook, push
-    raise SystemExit(f"hookd: {config.place} has no hook for {options.repo} {options.branch}")
-
+    return None, push
 
 def run(config: Config, options: argparse.Namespace) -> int:
     """that run now, in the foreground, under the same lock, in the same history"""
     hook, push = find_hook(config, options)
+    if hook is None:
+        raise SystemExit(f"hookd: {config.place} has no hook for {options.repo} {options.branch}")
     make_state(config)
-    store, target = Store(config.state, config.keep), hook.target(push)
+    store, target, pid = Store(config.state, config.keep), hook.target(push), os.getpid()
     with store.transaction():
         number = store.add(target, push, "run", push_json(push))
-        payload = store.begin(number, os.getpid())
+        payload = store.begin(number, pid)
     (row,) = store.runs("WHERE r.id = ?", number)
-    holder, told = f"hookd {os.getpid()} run {number}", False
-    while (locks := Locks.take(config.state, lock_names(hook, target), holder)) is None:
+    names, told = lock_names(hook, target), False
+    while (locks := take_locks(config.state, names, f"hookd {pid} run {number}")) is None:
         if not told:
             print(f"hookd: run {number} waits for the lock of {target.directory}", file=sys.stderr)
         told = True
         time.sleep(0.2)
     job, began = Job(row, hook, config.state, locks), time.monotonic()
-    job.echo = show
+    job.echo, log.disabled = show, True
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
     outcome = job.perform(payload)
-    log.disabled = True
-    close_job(store, job, outcome, time.monotonic() - began, lambda: False)
+    close_job(store, job, outcome, time.monotonic() - began)
     return outcome.exit
-
 
 def show(data: bytes) -> None:
     """Print a run's output; a terminal gets nothing that it obeys."""
     if sys.stdout.isatty():
         text = data.decode("utf-8", "replace")
         data = "".join(c if c in "\n\t" else escape(c) for c in text).encode()
+    sys.stdout.flush()
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
-
 
 def send(config: Config, options: argparse.Namespace) -> int:
     """a signed push to the running daemon, as GitHub would send it"""
     import uuid
-
-    deleted = options.event == "delete"
-    hook, push = find_hook(config, options, "push" if deleted else options.event)
-    delivery = str(uuid.uuid4())
-    commit = "" if deleted else options.commit or hashlib.sha1(delivery.encode()).hexdigest()
-    body = push_json(push._replace(commit=commit, deleted=deleted)).encode()
-    fields = {
-        "Content-Type": "application/json",
-        "X-GitHub-Event": options.event or push.event,
-        "X-GitHub-Delivery": delivery,
-        "X-Hub-Signature-256": f"sha256={hmac.new(hook.secrets[0], body, 'sha256').hexdigest()}",
-    }
-    status, text = post(config, body, fields)
+    hook, push = find_hook(config, options)
+    delivery, deleted = str(uuid.uuid4()), options.event == "delete"
+    made_up = hashlib.sha1(delivery.encode()).hexdigest()
+    push = push._replace(commit="" if deleted else options.commit or made_up, deleted=deleted)
+    hooks = config.hooks_for(options.repo)
+    secret = (hook or hooks[0]).secrets[0] if hooks else config.secrets[0]
+    body = push_json(push).encode()
+    event = "ping" if options.event == "ping" else push.event
+    status, text = post(config, body, [
+        "Content-Type: application/json", f"X-GitHub-Event: {event}",
+        f"X-GitHub-Delivery: {delivery}",
+        f"X-Hub-Signature-256: sha256={hmac.new(secret, body, 'sha256').hexdigest()}"])
     print(text)
-    if options.wait and status == 202 or (config.quiet and status == 200):
-        store = Store(config.state, config.keep)
-        (row,) = store.runs("WHERE r.delivery = ?", delivery) or (None,)
-        return watch(config, store, row.id) if row else 1
+    if options.wait and (status == 202 or config.quiet):
+        for row in Store(config.state, config.keep).runs("WHERE r.delivery = ?", delivery):
+            return watch(config, row.id, follow=True)
     return 0 if status == 202 or text.startswith("pong") else 1
 
-
-def post(config: Config, body: bytes, fields: Mapping[str, str]) -> tuple[int, str]:
-    """POST to the running daemon, found by the address that it noted; return status and text."""
-    import http.client
-
-    try:
-        with open(address_file(config), encoding="utf-8") as file:
-            where = listening(file.read())
-    except (OSError, ValueError):
-        where = config.listen
-    connection = http.client.HTTPConnection("localhost", timeout=REQUEST_SECONDS)
+def post(config: Config, body: bytes, fields: Sequence[str]) -> tuple[int, str]:
+    """POST to the running daemon, at the address that it noted; return status and text."""
+    where = config.listen
+    with contextlib.suppress(OSError, ValueError), open(f"{config.state}/address") as file:
+        where = address(file.read())
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where.host, where.host)
+    head = [f"POST {config.path} HTTP/1.1", "Host: localhost", "Connection: close", *fields]
+    head += [f"Content-Length: {len(body)}", "", ""]
     try:
         if where.port < 0:
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.connect(where.host)
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(host)
         else:
-            connection.sock = socket.create_connection((host, where.port), REQUEST_SECONDS)
+            sock = socket.create_connection((host, where.port), REQUEST_SECONDS)
         if config.tls_cert:
             import ssl
-
-            context = ssl._create_unverified_context()  # it is ourselves, at a local address
-            connection.sock = context.wrap_socket(connection.sock)
-        connection.request("POST", config.path, body, dict(fields))
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode().strip()
+            sock = ssl._create_unverified_context().wrap_socket(sock)  # it is ourselves
+        with sock:
+            sock.sendall("\r\n".join(head).encode() + body)
+            answer = b"".join(iter(lambda: sock.recv(CHUNK), b"")).decode()
     except OSError as error:
-        raise SystemExit(f"hookd: no daemon answers on {where} ({error}); is it running?") from None
+        raise SystemExit(f"hookd: nobody answers on {where} ({error}); is the daemon up?") from None
+    return int(answer[9:12]), answer.partition("\r\n\r\n")[2].strip()
 
-
-def watch(config: Config, store: Store, number: int) -> int:
-    """Print a run's output as it comes, until the run has ended; return its exit status."""
-    shown = 0
+def watch(config: Config, number: int, follow: bool) -> int:
+    """Print a run's output, with `follow` until it has ended; return its exit status."""
+    store, shown = Store(config.state, config.keep), 0
     while True:
-        (row,) = store.runs("WHERE r.id = ?", number) or (None,)
-        if row is None:
-            raise SystemExit(f"hookd: there is no run {number} (any more)")
+        rows = store.runs("WHERE r.id = ?", number)
         with contextlib.suppress(FileNotFoundError):
             with open(run_file(config.state, number, "output.log"), "rb") as file:
                 file.seek(shown)
                 while data := file.read(CHUNK):
                     shown += len(data)
                     show(data)
-        if row.state == "superseded" and row.note.startswith("by run "):
-            number, shown = int(row.note.rpartition(" ")[2]), 0
-            print(f"hookd: run {row.id} was superseded by run {number}", file=sys.stderr)
-        elif row.state not in ("queued", "running"):
-            return row.exit if row.exit is not None else 1
-        else:
-            time.sleep(0.2)
-
+        if not rows or not follow or rows[0].state not in ("queued", "running", "superseded"):
+            return 1 if not rows or rows[0].exit is None else rows[0].exit
+        if rows[0].state == "superseded":
+            number, shown = int(rows[0].note.rpartition(" ")[2]), 0
+            print(f"hookd: run {number} takes its place", file=sys.stderr)
+        time.sleep(0.1)
 
 def status(config: Config, options: argparse.Namespace) -> int:
-    """each target: last state, commit, when, how long, what waits; 1 if any last run was not ok"""
-    targets: dict[Target, dict[str, Any]] = {}
-    store = Store(config.state, config.keep)
-    where = "WHERE r.id = t.last_run OR r.state IN ('queued', 'running') ORDER BY r.id"
-    for row in store.runs(where) if os.path.exists(store.path) else ():
-        gone = row.target.hook not in config.by_section or (row.deleted and row.state == "ok")
-        if gone and row.state not in ("queued", "running"):
-            continue  # the ini no longer has it, or the branch was deleted with success
-        facts = targets.setdefault(row.target, target_facts(row))
-        if row.state == "queued":
-            facts["waiting"].append(row.id)
-        elif row.state == "running":
-            facts["running"] = row.id
-        else:
-            facts |= {"run": row.id, "state": row.state, "event": row.event, "commit": row.commit}
-            facts |= {"began": row.began, "ended": row.ended, "duration": row.duration}
-            facts |= {"exit": row.exit}
-    found = list(targets.values())
+    """each target: last state, commit, when, how long, what waits; 1 if any is not ok"""
+    store, found = Store(config.state, config.keep), []
+    rows = store.execute(STATUS) if os.path.exists(store.path) else None
+    for row in rows or ():
+        facts = dict(zip([column[0] for column in rows.description], row)) if rows else {}
+        deleted, open_runs = facts.pop("deleted"), facts["running"] or facts["waiting"]
+        gone = facts["hook"] not in config.by_section or (deleted and facts["state"] == "ok")
+        if open_runs or (facts["run"] and not gone):
+            facts["waiting"] = [int(n) for n in (facts["waiting"] or "").split(",") if n]
+            found.append({**facts, "last_good": facts["last_good"] or None, "branch": short_name(facts["ref"])})
     if options.json:
         print(json.dumps(found, indent=1))
     else:
-        table(["TARGET", "STATE", "COMMIT", "ENDED", "TOOK", "NOW"], [status_row(f) for f in found])
+        head = ["TARGET", "LAST", "COMMIT", "ENDED", "TOOK", "NOW"]
+        table(head, [status_row(facts) for facts in found])
     return 1 if any(facts["state"] not in (None, "ok") for facts in found) else 0
-
-
-def target_facts(row: Run) -> dict[str, Any]:
-    unknown = ("run", "state", "event", "commit", "began", "ended", "duration", "exit", "running")
-    hook, repo, ref, directory = row.target
-    facts: dict[str, Any] = {"repo": repo, "ref": ref, "branch": short_name(ref), "hook": hook}
-    facts |= {"directory": directory, "last_good": row.last_good or None}
-    return facts | dict.fromkeys(unknown) | {"waiting": []}
-
 
 def status_row(facts: Mapping[str, Any]) -> list[str]:
     took = "" if facts["duration"] is None else f"{facts['duration']:.1f}s"
-    ended = "" if facts["ended"] is None else ago(time.time() - facts["ended"])
+    past = max(time.time() - (facts["ended"] or 0), 0)
+    unit, seconds = next((u, s) for u, s in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+                         if past >= s or u == "s")
+    ended = f"{past / seconds:.0f} {unit} ago" if facts["ended"] else ""
     now = [f"run {facts['running']} runs"] if facts["running"] else []
     now += [f"{len(facts['waiting'])} wait"] if facts["waiting"] else []
-    name, commit = escape(f"{facts['repo']} {facts['branch']}"), facts["commit"] or ""
-    return [name[:32], facts["state"] or "-", commit[:7], ended, took, ", ".join(now)]
-
-
-def ago(seconds: float) -> str:
-    """Say a time in the past in its largest unit."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} ago"
-    return f"{max(int(seconds), 0)} s ago"
-
+    name = escape(f"{facts['repo']} {facts['branch']}")
+    name = name if len(name) <= 32 else name[:31] + "~"
+    return [name, facts["state"] or "-", (facts["commit"] or "")[:7], ended, took, ", ".join(now)]
 
 def show_log(config: Config, options: argparse.Namespace) -> int:
     """a run's output, by RUN or REPO BRANCH; the newest run's without"""
-    store, words = Store(config.state, config.keep), options.words
-    where, values = "", []
-    if len(words) == 1 and words[0].isdigit():
-        where, values = "AND r.id = ?", words
-    elif len(words) == 2:
-        where = "AND lower(t.repo) = lower(?) AND t.ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
-        values = [words[0], words[1], words[1], words[1]]
-    elif words:
-        raise SystemExit("hookd: log takes a run's number, or REPO BRANCH")
-    began = "" if len(words) == 1 else "AND r.began IS NOT NULL"
-    rows = store.runs(f"WHERE 1 {where} {began} ORDER BY r.id DESC LIMIT 1", *values)
+    words, names = options.words, "t.ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
+    where = ["r.began IS NOT NULL", "r.id = ?", f"lower(t.repo) = lower(?) AND {names}"]
+    if len(words) > 2:
+        raise SystemExit("hookd: log takes the number of a run, or REPO BRANCH")
+    values = [*words, *words[1:], *words[1:]]
+    store = Store(config.state, config.keep)
+    rows = store.runs(f"WHERE {where[len(words)]} ORDER BY r.began DESC LIMIT 1", *values)
     if not rows:
-        raise SystemExit("hookd: no such run; `hookd.py status` lists what ran")
-    (row,) = rows
-    if options.follow:
-        watch(config, store, row.id)
-        return 0
-    print(f"run {row.id} {row.state}: {row} {row.note}".rstrip(), file=sys.stderr)
-    with contextlib.suppress(FileNotFoundError), open(run_file(config.state, row.id, "output.log"), "rb") as file:
-        while data := file.read(CHUNK):
-            show(data)
+        raise SystemExit("hookd: no such run; hookd.py status lists what ran")
+    watch(config, rows[0].id, options.follow)
     return 0
-
 
 def secret(config: Config, options: argparse.Namespace) -> int:
     """the secret to paste into GitHub, made if there is none"""
-    for one in config.secrets or config.all_secrets:
-        print(one.decode())
+    print("\n".join(one.decode() for one in config.secrets or config.all_secrets))
     return 0
 
-
-VERBS = {
-    "serve": serve,
-    "check": check,
-    "run": run,
-    "send": send,
-    "status": status,
-    "log": show_log,
-    "secret": secret,
-}
-
+VERBS = {"serve": serve, "check": check, "run": run, "send": send, "status": status,
+         "log": show_log, "secret": secret}
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     import argparse
-
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hookd.ini")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-c", metavar="FILE", dest="file", default=argparse.SUPPRESS,
-                        help="the ini; hookd.ini beside hookd.py unless given")  # fmt: skip
-    top = argparse.ArgumentParser(prog="hookd.py", parents=[common],
-                                  description=(__doc__ or "").partition("\n")[0])  # fmt: skip
+                        help="the ini; hookd.ini beside hookd.py unless given")
+    about = (__doc__ or "").partition("\n")[0]
+    top = argparse.ArgumentParser(prog="hookd.py", parents=[common], description=about)
     top.add_argument("--version", action="version", version=f"hookd {VERSION}")
-    top.set_defaults(verb="serve")
     verbs = top.add_subparsers(metavar="VERB", dest="verb")
-    of = {}
-    for name, function in VERBS.items():
-        text = function.__doc__
-        of[name] = verbs.add_parser(name, parents=[common], help=text, description=text)
+    of = {name: verbs.add_parser(name, parents=[common], help=verb.__doc__, description=verb.__doc__)
+          for name, verb in VERBS.items()}
     for name in ("run", "send"):
         of[name].add_argument("repo", metavar="REPO", help="owner/repo")
         of[name].add_argument("branch", metavar="BRANCH", help="a branch, or a whole refs/...")
     of["check"].add_argument("--online", action="store_true", help="also ask each git remote")
-    events = ("push", "delete", "workflow_run", "release", "ping")
-    of["send"].add_argument("--event", choices=events, default="", help="instead of the hook's own")
+    of["send"].add_argument("--event", default="", help="instead of the hook's own",
+                            choices=("push", "delete", "workflow_run", "release", "ping"))
     of["send"].add_argument("--commit", default="", help="40 hex digits; made up unless given")
     of["send"].add_argument("--wait", action="store_true", help="follow the run, exit by its end")
     of["status"].add_argument("--json", action="store_true", help="for programs")
-    of["log"].add_argument("words", nargs="*", metavar="RUN or REPO BRANCH")
-    of["log"].add_argument("-f", dest="follow", action="store_true", help="until the run ends")
-    options = top.parse_args(argv)
+    of["log"].add_argument("words", nargs="*", metavar="RUN|REPO BRANCH")
+    of["log"].add_argument("-f", dest="follow", action="store_true", help="until the run has ended")
+    options = top.parse_args(argv, argparse.Namespace(file=beside, event=""))
     options.verb = options.verb or "serve"
-    options.file = getattr(options, "file", beside)
     return options
-
 
 def main(argv: Sequence[str]) -> int:
     """Do what a command line asks; return the exit status."""
@@ -2695,12 +2335,13 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 78
+    except BrokenPipeError:  # `hookd.py log | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except PermissionError as error:
         print(f"hookd: {error}; try it with sudo", file=sys.stderr)
     except (OSError, sqlite3.Error) as error:
         print(f"hookd: {error}", file=sys.stderr)
     return 1
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
