@@ -272,7 +272,13 @@ class Daemon:
     def ended(self, run: int, ref: str = "refs/heads/main",
               seconds: float = PATIENCE) -> dict[str, Any]:
         """Wait until that run, or a later one of the target, has ended; return the target."""
+        told, looked = re.compile(rf"\brun {run} (ok|failed|timeout)\b"), time.monotonic()
+
         def done() -> dict[str, Any]:
+            nonlocal looked  # `status` is a process each time: the log is asked more often
+            if not told.search(self.log) and time.monotonic() < looked + 1:
+                return {}
+            looked = time.monotonic()
             target = self.target(ref)
             idle = target and not target["running"] and not target["waiting"]
             return target if idle and (target["run"] or 0) >= run else {}
