@@ -528,7 +528,7 @@ class Case(unittest.TestCase):
         return Repository(self.home / name)
 
     def assert_no_bug(self, daemon):
-        self.assertNotIn("Traceback", daemon.log)
+        self.assertNotRegex(daemon.log, "Traceback|DeprecationWarning")
 
     def assert_answer(self, answer, status, text=""):
         """Check an answer's status, one or several, and that its text holds `text`."""
@@ -551,6 +551,12 @@ def without_none(keys):
 
 # ---------------------------------------------------------------- Configuration
 
+DAEMON_KEYS = ("listen", "path", "state", "jobs", "keep", "max_body", "log", "tls_cert",
+               "tls_key", "quiet", "allow_from")
+HOOK_KEYS = ("secret", "secret_file", "command", "directory", "git", "deploy_key",
+             "environment", "timeout", "queue", "event", "paths", "lock", "catch_up",
+             "on_success", "on_failure", "on_delete")
+
 
 class Configuration(Case):
     """The ini: its grammar, its lookup, and how its faults are told."""
@@ -571,7 +577,7 @@ class Configuration(Case):
         ("octo/site b", "queue", "latest", "newest every replace"),
         ("octo/site c", "event", "pull", "push workflow_run release"),
         ("octo/site d", "environment", "NOVALUE", "NAME=value"),
-        ("octo/site e", "catch_up", "sometimes", "2h no"),
+        ("octo/site e", "catch_up", "sometimes", "no 15m"),
         ("octo/site f", "directory", "/srv/{banana}", "{banana} {slug}"),
         ("octo/site g", "listen", "127.0.0.1:9001", "[hookd]"),
         ("octo/site h", "deploy_key", "/nowhere/key", "git"),
@@ -583,7 +589,7 @@ class Configuration(Case):
         ("a [DEFAULT] section", "[DEFAULT]\ntimeout = 5m\n", "[DEFAULT]"),
         ("a line before any section", "command = a\n", "line 1"),
         ("a line that is no setting", "[o/r main]\ncommand\n", "line 2"),
-        ("bytes that are no text", "[o/r main]\ncommand = \udcff\udcfe\n", "utf-8"),
+        ("bytes that are no text", "[o/r main]\ncommand = \udcff\udcfe\n", "UTF-8"),
         ("a hook without a repository", "[octo main]\ncommand = a\n", "[octo main]"),
         ("a hook of three words", "[o/r main dev]\ncommand = a\n", "[o/r main dev]"),
         ("a hook that does nothing", "[o/r main]\ntimeout = 5m\n", "[o/r main] command"),
@@ -756,12 +762,10 @@ class Configuration(Case):
                 self.assert_answer(daemon.post(push_of(), secret=secret), status)
 
     def test_a_key_of_the_daemon_alone_is_refused_in_a_hook(self):
-        for key in ("listen", "path", "state", "jobs", "keep", "max_body", "log", "tls_cert",
-                    "tls_key", "quiet", "allow_from"):
+        told = self.complaints("[o/r main]\n" + "".join(f"{key} = 1\n" for key in DAEMON_KEYS))
+        for key in DAEMON_KEYS:
             with self.subTest(key):
-                told = self.prepare(hook("true", **{key: "1"})).hookd("check")
-                self.assertEqual(told.code, 78)
-                self.assertRegex(told.err + told.out, rf"\[octo/site main\] {key}: .*\[hookd\]")
+                self.assertRegex(told, rf"\[o/r main\] {key}: .*\[hookd\]")
 
 
 # ---------------------------------------------------------------- Judgement
@@ -852,39 +856,52 @@ def read_ini(text, secrets=SECRET):
 class PureConfiguration(unittest.TestCase):
     """The rules of the ini, called directly: text in, values out."""
 
-    def test_durations_sizes_and_counts_are_plain_numbers_with_a_unit(self):
-        good = ((hookd.duration, "90s", 90), (hookd.duration, "15m", 900),
-                (hookd.duration, "2h", 7200), (hookd.duration, "1d", 86400),
-                (hookd.duration_or_no, "no", 0), (hookd.duration_or_no, "1h", 3600),
-                (hookd.size, "64K", 65536), (hookd.size, "25M", 26214400), (hookd.size, "9", 9),
-                (hookd.count, "2", 2), (hookd.yes_or_no, "yes", True),
-                (hookd.yes_or_no, "off", False))
-        for parse, text, value in good:
-            with self.subTest(parse.__name__, text=text):
-                self.assertEqual(parse(text), value)
-        for parse in (hookd.duration, hookd.duration_or_no, hookd.size, hookd.count):
-            for text in ("", "x", "-1", "+5", "1.5", "1_0", "٣", " 1", "1e3", "9" * 40, "\xa05",
-                         "1 m", "5 s", "0s", "-1s", "٣s", "1hh"):
-                with self.subTest(parse.__name__, text=text), self.assertRaises(ValueError):
-                    parse(text)
+    NO_NUMBERS = ("x", "-1", "+5", "1_0", "٣", "1e3", "9" * 40)
+    VALUES = (  # key, the texts that it takes with what they mean, the texts that it refuses
+        ("timeout", {"90s": 90, "15m": 900, "2h": 7200, "1d": 86400},
+         ("0s", "no", "-1s", "٣s", *NO_NUMBERS)),
+        ("catch_up", {"no": 0, "1h": 3600}, ("maybe", "-1h", "1 h", "1hh")),
+        ("max_body", {"64K": 65536, "25M": 26214400, "900": 900}, ("0", "25m", "25MB", "1.5M")),
+        ("jobs", {"1": 1, "12": 12}, ("0", "two", "1s", *NO_NUMBERS)),
+        ("keep", {"50": 50}, ("0", "all")),
+        ("quiet", {"yes": True, "on": True, "No": False, "0": False}, ("perhaps", "2")),
+        ("path", {"/": "/", "/hook-1f2e": "/hook-1f2e"}, ("hook", "/a b", "/a?b", "/a#b", "/é")),
+        ("queue", {"newest": "newest", "every": "every", "replace": "replace"}, ("oldest",)),
+        ("event", {"push": "push", "release": "release"}, ("ping", "PUSH")),
+    )
+
+    def value(self, key, text):
+        """Return what a key means, read from the section where it belongs."""
+        if key in DAEMON_KEYS:
+            ini = f"[hookd]\n{key} = {text}\n[octo/site main]\ncommand = true\n"
+            return getattr(read_ini(ini), key)
+        ini = f"[octo/site main]\ncommand = true\n{key} = {text}\n"
+        return getattr(read_ini(ini).hooks[0], key)
+
+    def test_a_value_has_one_form(self):
+        for key, good, bad in self.VALUES:
+            for text, value in good.items():
+                with self.subTest(key, text=text):
+                    self.assertEqual(self.value(key, text), value)
+            for text in bad:
+                with self.subTest(key, text=text), self.assertRaises(hookd.ConfigError) as raised:
+                    self.value(key, text)
+                self.assertIn(key, str(raised.exception.problems))
 
     def test_an_address_is_a_host_and_port_or_a_socket(self):
-        good = ("127.0.0.1:9000", "[::1]:0", "localhost:65535", "unix:/run/hookd/hookd.sock")
-        for text in good:
+        for text in ("127.0.0.1:9000", "[::1]:0", "localhost:65535", "unix:/run/hookd/hookd.sock"):
             with self.subTest(text):
-                self.assertEqual(str(hookd.listening(text)), text)
-        for text in ("", "9000", ":9000", "host:", "host:x", "host:65536", "host:-1", "host:٣",
-                     "::1:9000", "[::1]", "host:123456", "unix:relative", "unix:",
-                     "http://host:1", "a b:1"):
-            with self.subTest(text), self.assertRaises(ValueError):
-                hookd.listening(text)
+                self.assertEqual(str(self.value("listen", text)), text)
+        for text in ("9000", ":9000", "host:", "host:x", "host:65536", "host:-1", "host:٣", "unix:",
+                     "::1:9000", "[::1]", "host:123456", "unix:relative", "http://host:1", "a b:1"):
+            with self.subTest(text), self.assertRaises(hookd.ConfigError):
+                self.value("listen", text)
 
     def test_every_default_of_the_page_is_the_default_of_the_program(self):
         shipped = (HERE / "hookd.ini").read_text()
         every = re.sub(r"(?m)^#(\w+ =)", r"\1", shipped)
         keys = re.findall(r"(?m)^#(\w+) =", shipped)
-        self.assertEqual(sorted(keys), sorted(set(keys)), "a key is explained twice")
-        self.assertEqual(set(keys), {*hookd.SETTINGS, *hookd.SECRETS})
+        self.assertEqual(sorted(keys), sorted((*DAEMON_KEYS, *HOOK_KEYS)))
         self.assertEqual(read_ini(shipped), read_ini(every))
 
     def test_the_defaults_are_those_of_the_contract(self):
@@ -2026,6 +2043,15 @@ class Git(Case):
                 **keys}
         return section(f"octo/site {branch}", command=command or NOTE, **keys)
 
+    def deployed(self):
+        """Return a repository of one commit and a daemon that has deployed it into `live`."""
+        origin = self.repository()
+        origin.commit(page="one")
+        daemon = self.serve(self.deploying())
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok", daemon.output(1))
+        return origin, daemon
+
     def test_two_branches_are_deployed_to_two_folders(self):
         origin = self.repository()
         main, staging = origin.commit(page="live"), origin.commit("staging", page="next")
@@ -2056,11 +2082,8 @@ class Git(Case):
         self.assert_never_overlapped(daemon)
 
     def test_the_newest_commit_is_deployed_not_the_one_that_was_pushed(self):
-        origin = self.repository()
-        old = origin.commit(page="old")
-        daemon = self.serve(self.deploying())
-        daemon.push(commit=old)
-        daemon.settle()
+        origin, daemon = self.deployed()
+        (old,) = daemon.seen()
         new = origin.commit(page="new")
         daemon.push(commit=old, repository=repository_of(pushed_at=1))
         target = daemon.settled()
@@ -2069,25 +2092,19 @@ class Git(Case):
         self.assertEqual(target["commit"], new)
 
     def test_local_changes_are_discarded_and_other_files_are_left(self):
-        origin = self.repository()
-        origin.commit(page="one", **{".gitignore": "cache\n"})
-        daemon = self.serve(self.deploying())
-        daemon.push()
-        daemon.settle()
+        origin, daemon = self.deployed()
         (self.home / "live/page").write_text("changed by hand")
         (self.home / "live/cache").write_text("ignored")
         (self.home / "live/upload").write_text("untracked")
-        origin.commit(page="two")
+        origin.commit(page="two", **{".gitignore": "cache\n"})
         daemon.push()
         daemon.settle()
         texts = [daemon.read(f"live/{name}") for name in ("page", "cache", "upload")]
         self.assertEqual(texts, ["two", "ignored", "untracked"])
 
     def test_a_forced_push_is_followed(self):
-        origin = self.repository()
-        origin.commit(page="one")
+        origin, daemon = self.deployed()
         origin.commit(page="two", gone="soon")
-        daemon = self.serve(self.deploying())
         daemon.push()
         daemon.settle()
         origin.git("reset", "-q", "--hard", "HEAD~1")
@@ -2157,11 +2174,7 @@ class Git(Case):
         self.assertEqual(daemon.seen(), [])
 
     def test_locks_that_a_killed_git_left_are_no_hindrance(self):
-        origin = self.repository()
-        origin.commit(page="one")
-        daemon = self.serve(self.deploying())
-        daemon.push()
-        daemon.settle()
+        origin, daemon = self.deployed()
         for name in ("index.lock", "HEAD.lock", "shallow.lock", "config.lock", "FETCH_HEAD.lock"):
             (self.home / "live/.git" / name).touch()
         new = origin.commit(page="two")
@@ -2208,11 +2221,7 @@ class Git(Case):
 
     @unittest.skipUnless(os.geteuid() == 0, "only root can give a directory away")
     def test_a_directory_of_another_owner_is_told_with_its_remedy(self):
-        origin = self.repository()
-        origin.commit(page="one")
-        daemon = self.serve(self.deploying())
-        daemon.push()
-        daemon.settle()
+        daemon = self.deployed()[1]
         for place in (self.home / "live", *(self.home / "live").rglob("*")):
             os.chown(place, NOBODY, NOBODY, follow_symlinks=False)
         daemon.push()
@@ -3357,7 +3366,8 @@ class Promises(Case):
     def test_a_late_repeated_or_replayed_delivery_never_brings_old_code_back(self):
         origin = Repository(self.home / "origin")
         old = origin.commit(page="old")
-        daemon = self.serve(hook(NOTE, git=origin.path, directory=self.home / "live"))
+        daemon = self.serve(hook(NOTE, git=origin.path, directory=self.home / "live",
+                                 catch_up="no"))
         replay = request(push_of(commit=old))
         self.assert_answer(daemon.exchange(replay), 202)
         daemon.settle()
