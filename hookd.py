@@ -21,8 +21,8 @@ exit as the command did: 124 after a timeout, 128+N after signal N.
 from __future__ import annotations
 
 import configparser, contextlib, errno, fcntl, hashlib, hmac, json, logging, logging.handlers
-import os, queue, re, resource, select, selectors, shlex, signal, socket, sqlite3, subprocess
-import sys, threading, time
+import os, pwd, re, resource, select, selectors, shlex, signal, socket, sqlite3, subprocess, sys
+import threading, time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -95,7 +95,7 @@ class Request(NamedTuple):
     keep_alive: bool
 
 class Push(NamedTuple):
-    """Hold what one event says of one ref; `paths` is None where it cannot be known."""
+    """Hold what one event says of one ref."""
 
     event: str
     repo: str
@@ -105,7 +105,6 @@ class Push(NamedTuple):
     pusher: str = ""
     deleted: bool = False
     pushed_at: int = 0
-    paths: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         return escape(f"{self.repo} {short_name(self.ref)}")
@@ -242,7 +241,7 @@ def template(*known: str) -> Parser:
 
 count = form("0*[1-9][0-9]{0,8}", int, "a number from 1 up; write it like 2")
 size = form("0*[1-9][0-9]{0,8}[KMG]?", quantity, "a size; write it like 64K or 25M")
-A_DURATION = "a duration; write it like 90s, 15m, 1h or 2d"
+A_DURATION = "a duration; write it like 90s, 15m, 2h or 1d"
 duration = form("0*[1-9][0-9]{0,8}[smhd]", quantity, A_DURATION)
 no_or_duration = form("no|0*[1-9][0-9]{0,8}[smhd]", quantity, f"no or {A_DURATION}")
 yes_or_no = form(f"(?i:{'|'.join(BOOLEANS)})", lambda text: BOOLEANS[text.lower()],
@@ -320,22 +319,20 @@ class Config:
         return {hook.section: hook for hook in self.hooks}
 
     @cached_property
-    def by_repo(self) -> Mapping[str, list[tuple[int, Hook]]]:
-        found: dict[str, list[tuple[int, Hook]]] = {}
-        for place, hook in enumerate(self.hooks):
-            found.setdefault(hook.repo.lower(), []).append((place, hook))
-        return found
-
-    @cached_property
     def all_secrets(self) -> tuple[bytes, ...]:
         own = (secret for hook in self.hooks for secret in hook.secrets)
         return tuple(dict.fromkeys([*self.secrets, *own]))
 
+    @cached_property
+    def by_repo(self) -> dict[str, list[Hook]]:
+        return {}  # filled by hooks_for: a push costs no more for a thousand other sections
+
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         names = (repo.lower(), repo.lower().split("/")[0] + "/*")
-        found = [pair for name in names for pair in self.by_repo.get(name, [])]
-        return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
+        if names[0] not in self.by_repo:
+            self.by_repo[names[0]] = [hook for hook in self.hooks if hook.repo.lower() in names]
+        return self.by_repo[names[0]]
 
 DAEMON_KEYS = {f.name: f.metadata for f in fields(Config) if f.metadata}
 HOOK_KEYS = {f.name: f.metadata for f in fields(Hook) if f.metadata}
@@ -532,10 +529,10 @@ def body_length(method: str, fields: Mapping[str, str]) -> int:
         raise Refusal(411 if coding.lower() == "chunked" else 501, "Content-Length needed")
     if length is None and method == "POST":
         raise Refusal(411, "Content-Length needed")
-    if not re.fullmatch("[0-9]+", length or "0"):
+    digits = "0" if length is None else length
+    if not re.fullmatch("[0-9]+", digits):
         raise Refusal(400, "Content-Length is no number")
-    # int() refuses thousands of digits with an error of its own.
-    return int(length or 0) if len(length or "") < 16 else 10**16
+    return int(digits[:16])  # no size has as many; int() refuses thousands by itself
 
 def check_head(config: Config, request: Request, client: str) -> None:
     """Refuse what its head alone condemns, before the body is read."""
@@ -608,14 +605,20 @@ def decide(config: Config, request: Request, body: Body) -> Decision:
     push = push._replace(repo=hook.named(repo))
     if push.deleted and not hook.on_delete:
         return Decision(200, f"ignored: {push} was deleted")
-    if not push.deleted and not touches(hook.paths, push.paths):
+    if hook.paths and not push.deleted and not touches(hook.paths, data):
         return Decision(200, f"ignored: {push} changed none of its paths", hook, push)
     return Decision(202, "", hook, push, payload)
 
-def touches(patterns: Sequence[str], paths: Sequence[str] | None) -> bool:
+def touches(patterns: Sequence[str], data: Any) -> bool:
     """Tell whether a push touches one of the patterns; where it cannot be known, it does."""
-    if not patterns or paths is None:
+    commits = pick(data, "commits")
+    whole = isinstance(commits, list) and 0 < len(commits) < 2048
+    if not whole or pick(data, "created") is True or pick(data, "forced") is True:
         return True
+    found = [pick(commit, key) for commit in commits for key in ("added", "modified", "removed")]
+    if not all(isinstance(paths, list) for paths in found):
+        return True
+    paths = {path for paths in found for path in paths if isinstance(path, str)}
     return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
 def decode(body: Body) -> str:
@@ -676,18 +679,7 @@ def read_push(data: Any, repo: str) -> Push:
     when = pick(data, "repository", "pushed_at")
     pushed_at = when if type(when) is int and 0 < when < 2**62 else 0
     return Push("push", repo, ref, "" if deleted else commit, text_of(data, "before"), pusher,
-                deleted, pushed_at, changed_paths(data))
-
-def changed_paths(data: Any) -> tuple[str, ...] | None:
-    """Return every path a push names; None where its commits are not the whole truth."""
-    commits = pick(data, "commits")
-    whole = isinstance(commits, list) and 0 < len(commits) < 2048
-    if not whole or pick(data, "created") is True or pick(data, "forced") is True:
-        return None
-    found = [pick(commit, key) for commit in commits for key in ("added", "modified", "removed")]
-    if not all(isinstance(paths, list) for paths in found):
-        return None
-    return tuple(path for paths in found for path in paths if isinstance(path, str))
+                deleted, pushed_at)
 
 def read_workflow_run(data: Any, repo: str) -> Push | None:
     """Take a workflow that succeeded for a push to this very repository, never a fork's.
@@ -775,62 +767,64 @@ COMMIT;"""
 RUNS = """SELECT t.hook, t.repo, t.ref, t.directory, t.last_good, t.last_state, r.id, r.state,
     r.event, r.delivery, r.commit_id, r.before_id, r.pusher, r.deleted, r.attempts, r.pid, r.exit,
     r.note FROM runs r JOIN targets t ON t.id = r.target """
-STATUS = """SELECT t.repo, t.ref, t.hook, t.directory, r.id AS run, r.state, r.event,
-    r.commit_id AS "commit", r.began, r.ended, r.duration, r.exit, t.last_good, r.deleted,
-    (SELECT max(id) FROM runs WHERE target = t.id AND state = 'running') AS running,
-    (SELECT group_concat(id) FROM runs WHERE target = t.id AND state = 'queued') AS waiting
+STATUS_COLUMNS = ("repo", "ref", "hook", "directory", "run", "state", "event", "commit", "began",
+                  "ended", "duration", "exit", "last_good", "deleted", "running", "waiting")
+STATUS = """SELECT t.repo, t.ref, t.hook, t.directory, r.id, r.state, r.event, r.commit_id, r.began,
+    r.ended, r.duration, r.exit, nullif(t.last_good, ''), r.deleted,
+    (SELECT max(id) FROM runs WHERE target = t.id AND state = 'running'),
+    (SELECT group_concat(id) FROM runs WHERE target = t.id AND state = 'queued')
     FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY t.repo, t.ref"""
 
 class Store:
-    """Keep queue and history in one SQLite file; every error is a sqlite3.Error.
+    """Keep queue and history in one SQLite file; errors are sqlite3.Error, or a ConfigError.
 
-    Threads share the connection under a lock. What writes stands inside `with transaction()`.
+    One thread uses it. What writes stands inside `with transaction()`.
     """
 
-    def __init__(self, state: str, keep: int) -> None:
-        self.path, self.keep = os.path.join(state, "hookd.db"), keep
-        self.lock = threading.RLock()
+    def __init__(self, state: str) -> None:
+        self.path = os.path.join(state, "hookd.db")
         self.db: sqlite3.Connection | None = None
 
     def connect(self) -> sqlite3.Connection:
         if self.db is None:
-            db = sqlite3.connect(self.path, BUSY_SECONDS, 0, None, check_same_thread=False)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
+            db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version < SCHEMA_VERSION:
+                    db.executescript(SCHEMA)
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                raise ConfigError(f"{self.path}: {error}; move it away, hookd makes a new one") from None
             if version > SCHEMA_VERSION:
-                raise ConfigError(f"{self.path}: is of a newer hookd (user_version {version}); use that one")
-            if version < SCHEMA_VERSION:
-                db.executescript(SCHEMA)
+                raise ConfigError(f"{self.path}: is of a newer hookd (user_version {version}); use that")
             self.db = db
         return self.db
 
     def close(self) -> None:
-        with self.lock, contextlib.suppress(sqlite3.Error):
-            if self.db:
-                self.db.close()
-            self.db = None
+        if self.db:
+            self.db.close()
+        self.db = None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make all that is written inside stand on disk together, or not at all."""
-        with self.lock:
-            db = self.connect()
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                db.commit()
-            finally:
-                if db.in_transaction:
-                    self.close()  # rolls back; a disk that came back gets a fresh start
+        self.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.connect().commit()
+        finally:
+            if self.db and self.db.in_transaction:
+                self.close()  # rolls back; a disk that came back gets a fresh start
 
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         return self.connect().execute(sql, values)
 
     def runs(self, where: str, *values: Any) -> list[Run]:
         """Return runs; `where` is SQL of ours, r for runs and t for targets."""
-        with self.lock:
-            return [Run(Target(*row[:4]), *row[4:]) for row in self.execute(RUNS + where, *values)]
+        return [Run(Target(*row[:4]), *row[4:]) for row in self.execute(RUNS + where, *values)]
 
     def target_id(self, target: Target) -> int:
         where = "WHERE hook = ? AND repo = ? AND ref = ? AND directory = ?"
@@ -838,23 +832,23 @@ class Store:
         new = "INSERT INTO targets (hook, repo, ref, directory) VALUES (?, ?, ?, ?)"
         return int(found[0] if found else self.execute(new, *target).lastrowid or 0)
 
-    def add(self, target: Target, push: Push, delivery: str, payload: str) -> int:
-        """Queue a push; return its run's number."""
-        self.consider(target, push)
+    def add(self, key: int, push: Push, delivery: str, payload: str) -> int:
+        """Queue a push of the target with this id; return its run's number."""
+        self.consider(key, push)
         sql = """INSERT INTO runs (state, target, event, delivery, commit_id, before_id, pusher,
             deleted, queued, payload) VALUES ('queued', ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-        row = (self.target_id(target), push.event, delivery, push.commit, push.before, push.pusher)
-        return int(self.execute(sql, *row, push.deleted, time.time(), payload).lastrowid or 0)
+        row = (key, push.event, delivery, push.commit, push.before, push.pusher, push.deleted)
+        return int(self.execute(sql, *row, time.time(), payload).lastrowid or 0)
 
-    def consider(self, target: Target, push: Push) -> None:
+    def consider(self, key: int, push: Push) -> None:
         """Note a push that is taken, or passed over for good: catch-up need not find it."""
         sql = "UPDATE targets SET newest = ?, pushed_at = max(pushed_at, ?) WHERE id = ?"
-        self.execute(sql, push.commit, push.pushed_at, self.target_id(target))
+        self.execute(sql, push.commit, push.pushed_at, key)
 
-    def supersede(self, target: Target, newest: int) -> list[int]:
-        """Let run `newest` stand for the others that wait; return their numbers."""
+    def supersede(self, key: int, newest: int) -> list[int]:
+        """Let run `newest` stand for the target's others that wait; return their numbers."""
         sql = "SELECT id FROM runs WHERE target = ? AND state = 'queued' AND id < ?"
-        waiting = [old for (old,) in self.execute(sql, self.target_id(target), newest).fetchall()]
+        waiting = [old for (old,) in self.execute(sql, key, newest).fetchall()]
         for old in waiting:
             self.dismiss(old, "superseded", f"by run {newest}")
         return waiting
@@ -864,55 +858,59 @@ class Store:
         sql = "UPDATE runs SET state = ?, note = ?, ended = ?, payload = NULL WHERE id = ?"
         self.execute(sql, state, note, time.time(), run)
 
-    def is_late(self, target: Target, push: Push) -> bool:
+    def is_late(self, key: int, push: Push) -> bool:
         """Tell whether a newer push of the target was taken already, by GitHub's own clock."""
         sql = "SELECT 1 FROM targets WHERE id = ? AND pushed_at > ?"
-        late = self.execute(sql, self.target_id(target), push.pushed_at).fetchone()
-        return bool(push.pushed_at and late)
+        return bool(push.pushed_at and self.execute(sql, key, push.pushed_at).fetchone())
 
-    def is_news(self, target: Target, commit: str) -> bool:
-        """Tell whether a branch's newest commit was never considered, and nothing waits."""
+    def is_news(self, key: int, commit: str) -> bool:
+        """Tell whether a branch's newest commit was never considered, and no run is open."""
         sql = """SELECT 1 FROM targets t WHERE id = ? AND (newest = ? OR EXISTS
-            (SELECT 1 FROM runs WHERE target = t.id AND state = 'queued'))"""
-        return not self.execute(sql, self.target_id(target), commit).fetchone()
+            (SELECT 1 FROM runs WHERE target = t.id AND state IN ('queued', 'running')))"""
+        return not self.execute(sql, key, commit).fetchone()
 
     def waiting(self) -> list[Run]:
         """Return the oldest waiting run of each target, oldest first."""
         return self.runs("""WHERE r.id IN (SELECT min(id) FROM runs WHERE state = 'queued'
             GROUP BY target) ORDER BY r.id""")
 
+    def newest_waiting(self, key: int) -> int:
+        sql = "SELECT max(id) FROM runs WHERE target = ? AND state = 'queued'"
+        return int(self.execute(sql, key).fetchone()[0] or 0)
+
+    def repos(self, hook: str) -> list[str]:
+        """Return the repositories that a hook has had to do with."""
+        sql = "SELECT DISTINCT repo FROM targets WHERE hook = ?"
+        return [repo for (repo,) in self.execute(sql, hook)]
+
     def begin(self, run: int, pid: int = 0) -> str:
         """Mark a run as running and return its payload; a foreground run has a pid."""
         sql = """UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?
             WHERE id = ?"""
         self.execute(sql, time.time(), pid, run)
-        row = self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()
-        return str(row[0] or "{}")
+        return str(self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()[0] or "{}")
 
-    def finish(self, run: Run, outcome: Outcome, commit: str, duration: float) -> list[int]:
-        """Record how a run ended; return the numbers of the runs that history lets go."""
-        with self.transaction():
-            target = self.target_id(run.target)
-            self.execute(
-                """UPDATE runs SET state = ?1, exit = ?2, note = ?3, commit_id = ?4, ended = ?5,
-                duration = ?6, payload = CASE ?1 WHEN 'interrupted' THEN payload END
-                WHERE id = ?7""", *outcome, commit, time.time(), duration, run.id)
-            self.execute(
-                """UPDATE targets SET newest = ?1, last_run = ?2, last_state = ?3,
-                last_good = CASE ?3 WHEN 'ok' THEN ?1 ELSE last_good END WHERE id = ?4""",
-                commit, run.id, outcome.state, target)
-            return self.prune(target)
+    def finish(self, run: Run, outcome: Outcome, commit: str, duration: float) -> None:
+        """Record how a run ended."""
+        self.execute(
+            """UPDATE runs SET state = ?1, exit = ?2, note = ?3, commit_id = ?4, ended = ?5,
+            duration = ?6, payload = CASE ?1 WHEN 'interrupted' THEN payload END
+            WHERE id = ?7""", *outcome, commit, time.time(), duration, run.id)
+        self.execute(
+            """UPDATE targets SET newest = ?1, last_run = ?2, last_state = ?3,
+            last_good = CASE ?3 WHEN 'ok' THEN ?1 ELSE last_good END
+            WHERE id = (SELECT target FROM runs WHERE id = ?2)""", commit, run.id, outcome.state)
 
-    def prune(self, target: int) -> list[int]:
-        """Forget all but the newest finished runs of a target, the superseded counted apart."""
-        gone: list[int] = []
+    def prune(self, target: Target, keep: int) -> list[int]:
+        """Forget all but the newest finished runs of a target; return those that had begun."""
+        rows = []
         for kind in ("= 'superseded'", "NOT IN ('superseded', 'queued', 'running')"):
-            sql = f"""SELECT id FROM runs WHERE target = ? AND state {kind}
+            sql = f"""SELECT id, began FROM runs WHERE target = ? AND state {kind}
                 ORDER BY id DESC LIMIT -1 OFFSET ?"""
-            gone += [run for (run,) in self.execute(sql, target, self.keep)]
-        for run in gone:
+            rows += self.execute(sql, self.target_id(target), keep).fetchall()
+        for run, _ in rows:
             self.execute("DELETE FROM runs WHERE id = ?", run)
-        return gone
+        return [run for run, began in rows if began]
 
     def cut_off(self) -> list[Run]:
         """Return the runs that a stop or a crash cut off, but for a living foreground run."""
@@ -922,12 +920,9 @@ class Store:
     def requeue(self, run: Run) -> bool:
         """Queue a run that was cut off again; False where it had its second chance."""
         again = run.attempts < 2 and not run.pid
-        with self.transaction():
-            state = "queued" if again else "interrupted"
-            sql = "UPDATE runs SET state = ?, attempts = 2 - ? WHERE id = ?"
-            self.execute(sql, state, again, run.id)
-        if not again:
-            self.finish(run, Outcome("interrupted", 1, "cut off twice"), run.commit, 0.0)
+        self.finish(run, Outcome("interrupted", 1, "" if again else "cut off twice"), run.commit, 0.0)
+        sql = "UPDATE runs SET state = ?, attempts = 2 - ? WHERE id = ?"
+        self.execute(sql, "queued" if again else "interrupted", again, run.id)
         return again
 
 # ========================================================================================= work
@@ -952,7 +947,7 @@ PRIVATE = re.compile(
 ADVICE = {
     "dubious ownership": "the directory is another user's; chown -R it to the user hookd runs as",
     "Host key verification failed": "the remote's host key changed; compare, mend known_hosts",
-    "Permission denied (publickey": "the remote does not know this key; add deploy_key's .pub there",
+    "Permission denied (publickey)": "the remote does not know this key; add deploy_key's .pub there",
     "could not read Username": "the remote wants a login; use an ssh URL and a deploy_key",
     "Authentication failed": "the remote refused the login; use an ssh URL and a deploy_key",
     "epository not found": "no such repository for this key; check git and deploy_key",
@@ -973,8 +968,7 @@ def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | Non
             free_locks(files)
             return None
         with contextlib.suppress(OSError):  # it is for people; on a full disk they do without
-            os.ftruncate(files[-1], 0)
-            os.write(files[-1], f"{holder} {name}\n".encode())
+            os.ftruncate(files[-1], os.write(files[-1], f"{holder} {name}\n".encode()))
     return files
 
 def free_locks(files: list[int]) -> None:
@@ -1278,9 +1272,11 @@ def advice(words: str) -> str:
 def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
     """Ask a remote for its branches; return commit by ref; raise OSError with the cause."""
     environ = base_environment(hook) | git_environment(hook, state)
-    code, output, errors = ask_git(["ls-remote", "--heads", "--", fill(hook.git, repo, "")], environ)
+    url = fill(hook.git, repo, "")
+    code, output, errors = ask_git(["ls-remote", "--heads", "--", url], environ)
     if code:
-        raise OSError(advice(errors) or errors.strip().rpartition("\n")[2] or f"git exit {code}")
+        first = next((line for line in errors.splitlines() if line[:8] != "Warning:"), "")
+        raise OSError(f"{url}: {advice(errors) or first or f'git ended with {code}'}")
     pairs = (line.partition("\t") for line in output.splitlines())
     return {ref: commit for commit, _, ref in pairs}
 
@@ -1294,7 +1290,7 @@ def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
 # never the largest and never the oldest.
 
 SSL_WANT_READ = 2  # ssl.SSL_ERROR_WANT_READ; ssl is imported only where it is used
-LOOPBACK = re.compile(r"127\.|::1$|::ffff:127\.|$")
+LOOPBACK = re.compile(r"127\.|::1$|$")
 
 class Connection:
     """Hold one sender's socket, what it has sent, and until when it may go on."""
@@ -1366,6 +1362,7 @@ class Server:
         return arrivals
 
     def accept(self, listener: Any) -> None:
+        """Welcome who has come, at the cost of who has waited longest where there is no room."""
         for _ in range(100):  # then it is the turn of those who are here
             try:
                 sock, peer = listener.accept()
@@ -1379,7 +1376,8 @@ class Server:
                 continue
             if len(self.connections) >= CONNECTIONS_MAX:
                 self.drop(next(iter(self.connections)))
-            connection = Connection(sock, peer[0] if isinstance(peer, tuple) else "")
+            host = peer[0].removeprefix("::ffff:") if isinstance(peer, tuple) else ""
+            connection = Connection(sock, host)
             self.selector.register(sock, selectors.EVENT_READ, connection)
             self.rearm(connection)
 
@@ -1439,8 +1437,8 @@ class Server:
         except Refusal as refusal:
             self.refused(connection, refusal)
             return []
-        head = connection.head
-        if head is None or connection.whole or len(connection.buffer) < head.length:
+        head, gone = connection.head, connection not in self.connections
+        if head is None or gone or connection.whole or len(connection.buffer) < head.length:
             return []
         connection.whole = True
         self.rearm(connection)
@@ -1501,51 +1499,57 @@ class Server:
             self.reply(connection, 500, "a bug in hookd")
 
 # ============================================================================== systemd and log
-# What hookd tells the machine it runs on. A stuck syslog must not delay a delivery: lines wait
-# in a bounded queue for a thread of their own; those that find it full are counted and told later.
+# What hookd tells the machine it runs on. A stuck syslog or terminal must not delay a delivery:
+# a line that cannot be written at once is dropped, counted, and told of later.
 
-def open_log(wanted: str, syslog: str = "/dev/log") -> logging.handlers.QueueListener:
-    """Send the log to syslog or stderr; return its running thread. Raises OSError."""
-    handler: logging.Handler = logging.StreamHandler()
-    form = "%(asctime)s %(levelname)s: %(message)s"
-    if wanted == "syslog" or (wanted == "auto" and not sys.stderr.isatty()):
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-                probe.connect(syslog)
-            handler, form = logging.handlers.SysLogHandler(syslog, "daemon"), "%(message)s"
-            handler.ident = f"hookd[{os.getpid()}]: "
-        except OSError as error:
-            if wanted == "syslog":
-                raise OSError(f"no syslog answers on {syslog}: {error}; set log = stderr") from None
-    handler.setFormatter(LineFormatter(form))
-    waiting: queue.Queue[logging.LogRecord] = queue.Queue(10_000)
-    log.addHandler(PatientHandler(waiting))
-    log.setLevel(logging.INFO)
-    logging.raiseExceptions = False  # a line that syslog refuses is no traceback on stderr
-    listener = logging.handlers.QueueListener(waiting, handler)
-    listener.start()
-    return listener
+class PatientHandler(logging.handlers.SysLogHandler):
+    """Write one event a line to syslog at `path`, or to stderr without; never wait for either."""
 
-class LineFormatter(logging.Formatter):
-    """Write an event on one line, its traceback too, with nothing that a terminal obeys."""
+    def __init__(self, path: str) -> None:
+        self.path, self.lost = path, 0
+        self.socket: Any = None
+        if path:
+            super().__init__(path, "daemon")
+            self.ident = f"hookd[{os.getpid()}]: "
+        else:
+            logging.Handler.__init__(self)
+            form = "%(asctime)s %(levelname)s: %(message)s"
+            self.setFormatter(logging.Formatter(form))
+
+    def _connect_unixsocket(self, address: Any) -> None:
+        with contextlib.suppress(OSError):  # it may come later
+            super()._connect_unixsocket(address)  # type: ignore[misc]
+        self.socket.setblocking(False)
 
     def format(self, record: logging.LogRecord) -> str:
-        return escape(super().format(record))
+        lost, self.lost = self.lost, 0
+        text = super().format(record) + (f" (lost {lost} lines before this one)" if lost else "")
+        return escape(text)
 
-class PatientHandler(logging.handlers.QueueHandler):
-    """Queue a line, or count it as lost while the queue is full."""
-
-    lost = 0
-
-    def enqueue(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.path:
+            super().emit(record)
+            return
+        line, poll = f"{self.format(record)}\n", select.poll()
+        poll.register(2, select.POLLOUT)
         try:
-            if self.lost:
-                told = f"lost {self.lost} lines of log while syslog was stuck"
-                self.queue.put_nowait(logging.makeLogRecord({"msg": told, "levelname": "ERROR"}))
-            self.lost = 0
-            self.queue.put_nowait(record)
-        except queue.Full:
-            self.lost += 1
+            writable = [event for _, event in poll.poll(0)] == [select.POLLOUT]
+            os.write(2, line.encode("utf-8", "replace")) if writable else self.handleError(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.lost += 1
+
+def open_log(wanted: str, syslog: str = "/dev/log") -> None:
+    """Send the log to syslog or stderr, as the ini says; `auto` takes what answers."""
+    path = syslog if wanted == "syslog" else ""
+    if wanted == "auto" and not sys.stderr.isatty():
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            probe.connect(syslog)
+            path = syslog
+    log.addHandler(PatientHandler(path))
+    log.setLevel(logging.INFO)
 
 class Noise:
     """Tell the first refusal of each kind at once and the others once a minute, counted."""
@@ -1645,16 +1649,21 @@ class Daemon:
 
     def __init__(self, config: Config, load: Callable[[], Config]) -> None:
         self.config, self.load = config, load
-        self.store = Store(config.state, config.keep)
+        self.store = Store(config.state)
         self.jobs: dict[int, Job] = {}
+        self.ended: list[tuple[Job, Outcome, float]] = []  # from the jobs' threads
+        self.found: list[tuple[Hook, Push]] = []  # from the thread that asks remotes
+        self.calm: dict[Target, tuple[float, float]] = {}  # first and newest push behind a run
         self.signals: list[int] = []
         self.look_at = 0.0  # when the queue is looked at next
         self.stop_at = NEVER  # when running jobs are ended
+        self.complain_at = 0.0  # when a sick database is told of again
+        self.cut: list[Run] | None = None  # what a crash left; None until it is known
         self.recovered = False
         self.noise, self.remotes = Noise(), Remotes(self)
         usec = os.environ.get("WATCHDOG_USEC", "")
         self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)
-        self.told = ""
+        self.told, self.given = "", False  # the STATUS= line; whether a .socket unit gave sockets
         ear, self.waker = socket.socketpair()
         ear.setblocking(False)
         self.waker.setblocking(False)
@@ -1666,7 +1675,6 @@ class Daemon:
             signal.signal(number, lambda number, _: self.signals.append(number))
         signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
         self.apply(self.config, passed_sockets())
-        threading.Thread(target=self.recover, daemon=True).start()
         log.info("listening on %s", bound_address(self.server.listeners[0]))
         notify("READY=1")
         while self.stop_at == NEVER or self.jobs:
@@ -1692,7 +1700,7 @@ class Daemon:
         if now >= self.remotes.at:
             self.remotes.start()
         if now >= self.stop_at:
-            for job in list(self.jobs.values()):
+            for job in self.jobs.values():
                 job.end("interrupted", "hookd was stopped")
             self.stop_at = now + 1
         if now >= self.beat_at:
@@ -1736,28 +1744,42 @@ class Daemon:
         log.log(level, "%s delivery=%s client=%s", text, delivery, client)
 
     def advance(self, accepted: Sequence[tuple[Arrival, Decision]]) -> None:
-        """Queue deliveries and begin runs: one transaction and one fsync, then the answers."""
-        self.look_at = NEVER
+        """Take a step of the queue, in one transaction: what ended, what came, what begins.
+
+        Its one fsync stands before all that depends on it: the answers, and the runs begun.
+        """
+        self.look_at, now = NEVER, time.monotonic()
+        ended, found = self.ended[:], self.found[:]
         begun: list[tuple[Job, str]] = []
         try:
             with self.store.transaction():
-                answers = [self.enqueue(arrival, decision) for arrival, decision in accepted]
-                self.dispatch(begun)
-        except (sqlite3.Error, OSError) as error:
-            log.error("the queue cannot be written: %s state=%s", error, self.config.state)
+                self.recover()
+                for job, outcome, duration in ended:
+                    self.store.finish(job.run, outcome, job.commit, duration)
+                    for old in self.store.prune(job.run.target, self.config.keep):
+                        forget(self.config.state, old)
+                answers = [self.enqueue(*pair) for pair in accepted]
+                for hook, push in found:
+                    self.catch_up(hook, push)
+                self.dispatch({job.run.id for job, *_ in ended}, begun)
+        except (sqlite3.Error, OSError, ConfigError) as error:
+            if accepted or now >= self.complain_at:
+                log.error("the queue cannot be written: %s state=%s", error, self.config.state)
+                self.complain_at = now + NOISE_SECONDS
             for job, _ in begun:
                 free_locks(job.locks)
             answers = [(503, "it cannot be kept now, send it again later")] * len(accepted)
-            begun, self.look_at = [], time.monotonic() + 1
+            ended, found, begun, self.look_at = [], [], [], now + 1
         for (arrival, _), answer in zip(accepted, answers):
             self.tell(arrival, *answer)
+        for job, *_ in ended:
+            del self.jobs[job.run.id]
+        del self.ended[: len(ended)], self.found[: len(found)]
         for job, payload in begun:
+            self.calm.pop(job.run.target, None)
             self.jobs[job.run.id] = job
             threading.Thread(target=self.work, args=(job, payload), daemon=True).start()
-        line = f"hooks: {len(self.config.hooks)}, running: {len(self.jobs)}"
-        if line != self.told and self.server.listeners:
-            notify(f"STATUS=listening on {bound_address(self.server.listeners[0])}, {line}")
-            self.told = line
+        self.tell_systemd()
 
     def enqueue(self, arrival: Arrival, decision: Decision) -> tuple[int, str]:
         """Write one delivery into the queue; return its answer, good once it is committed."""
@@ -1765,54 +1787,81 @@ class Daemon:
         if hook is None or push is None:
             return decision.status, decision.text
         target = hook.target(push)
+        key, now = self.store.target_id(target), time.monotonic()
         # With git, whatever comes late deploys the newest commit all the same.
         guarded = hook.queue != "every" and (push.deleted or not hook.git)
-        if guarded and self.store.is_late(target, push):
+        if guarded and self.store.is_late(key, push):
             return 200, f"ignored: {push} had a newer push already"
         if decision.status != 202:
-            self.store.consider(target, push)
+            self.store.consider(key, push)
             return decision.status, decision.text
-        number = self.store.add(target, push, delivery_id(arrival), decision.payload)
-        replaced = self.store.supersede(target, number) if hook.queue != "every" else []
-        for job in list(self.jobs.values()) if hook.queue == "replace" else ():
-            if job.run.target == target:
-                job.end("cancelled", f"by run {number}")
-                replaced.append(job.run.id)
+        number = self.store.add(key, push, delivery_id(arrival), decision.payload)
+        replaced = self.store.supersede(key, number) if hook.queue != "every" else []
+        running = [job for job in self.jobs.values() if job.run.target == target]
+        if hook.queue != "every" and (running or target in self.calm):
+            self.calm[target] = (self.calm.get(target, (now, now))[0], now)
+        for job in running if hook.queue == "replace" else ():
+            job.end("cancelled", f"by run {number}")
+            replaced.append(job.run.id)
         at = " (deleted)" if push.deleted else f" at {push.commit[:7]}" if push.commit else ""
         place = "".join(f", in place of run {old}" for old in replaced)
         return 202, f"queued run {number}: {push}{at}{place}"
 
+    def catch_up(self, hook: Hook, push: Push) -> None:
+        """Queue a branch's newest commit, if no run ever took it."""
+        key = self.store.target_id(hook.target(push))
+        if self.store.is_news(key, push.commit):
+            number = self.store.add(key, push, "catch-up", push_json(push))
+            log.info("queued run %d: %s at %s, found by catch-up", number, push, push.commit[:7])
+
     # ---- runs
 
     def recover(self) -> None:
-        """End what a killed hookd left running and queue it again: the root of a thread."""
-        while not self.recovered:
-            try:
-                for run in self.store.cut_off():
-                    ended = end_survivors(self.config.state, run.id)
-                    again = "runs again" if self.store.requeue(run) else "stays so"
-                    log.warning("run %d was interrupted and %s: %s ended=%d", run.id, again, run, ended)
-                self.recovered = True
-            except (sqlite3.Error, OSError) as error:
-                log.error("the state cannot be used: %s state=%s", error, self.config.state)
-                time.sleep(1)
+        """At the start, find what was cut off; once its survivors are ended, queue it again."""
+        if self.cut is None:
+            self.cut = self.store.cut_off()
+            threading.Thread(target=self.clean_up, args=(self.cut,), daemon=True).start()
+        elif self.recovered and self.cut:
+            for run in self.cut:
+                again = "runs again" if self.store.requeue(run) else "stays so"
+                log.warning("run %d was interrupted and %s: %s", run.id, again, run)
+                hook, key = self.config.by_section.get(run.target.hook), self.store.target_id(run.target)
+                newest = self.store.newest_waiting(key)
+                if newest and hook and hook.queue != "every":
+                    self.store.supersede(key, newest)
+            self.cut = []
+
+    def clean_up(self, cut: Sequence[Run]) -> None:
+        """End what a killed hookd left running: the root of a thread."""
+        for run in cut:
+            if end_survivors(self.config.state, run.id):
+                log.warning("run %d had outlived hookd and was ended: %s", run.id, run)
+        self.recovered = True
         self.wake()
 
-    def dispatch(self, begun: list[tuple[Job, str]]) -> None:
+    def dispatch(self, ended: set[int], begun: list[tuple[Job, str]]) -> None:
         """Begin what can begin: oldest first, one a target, while jobs and locks are free."""
-        for run in self.store.waiting() if self.recovered and self.stop_at == NEVER else ():
+        now, state = time.monotonic(), self.config.state
+        busy = {job.run.target for number, job in self.jobs.items() if number not in ended}
+        if self.stop_at != NEVER or not self.recovered or len(busy) >= self.config.jobs:
+            return
+        for run in self.store.waiting():
             hook = self.config.by_section.get(run.target.hook)
-            if len(self.jobs) + len(begun) >= self.config.jobs:
-                return
             if hook is None:
                 self.store.dismiss(run.id, "cancelled", "hookd.ini has no such hook any more")
-                continue
-            holder = f"hookd {os.getpid()} run {run.id}"
-            locks = take_locks(self.config.state, lock_names(hook, run.target), holder)
-            if locks is None:
-                self.look_at = time.monotonic() + 0.5  # it may be another process's
-            else:
-                begun.append((Job(run, hook, self.config.state, locks), self.store.begin(run.id)))
+            elif run.target not in busy and len(busy) + len(begun) < self.config.jobs:
+                # A burst is one run and one more: what comes behind a run waits for its end.
+                first, newest = self.calm.get(run.target, (now - 1.0, now - 1.0))
+                due = min(first + 1.0, newest + 0.05)
+                if now < due:
+                    self.look_at = min(self.look_at, due)
+                    continue
+                holder = f"hookd {os.getpid()} run {run.id}"
+                locks = take_locks(state, lock_names(hook, run.target), holder)
+                if locks is None:  # perhaps another process's
+                    self.look_at = min(self.look_at, now + 0.5)
+                else:
+                    begun.append((Job(run, hook, state, locks), self.store.begin(run.id)))
 
     def work(self, job: Job, payload: str) -> None:
         """Carry out a run: the root of its thread."""
@@ -1823,8 +1872,9 @@ class Daemon:
         except Exception:
             log.exception("a bug in hookd, in run %d; please report this", run.id)
             outcome = Outcome("failed", 1, "a bug in hookd; its log has it")
-        close_job(self.store, job, outcome, time.monotonic() - began)
-        del self.jobs[run.id]
+        report(job, outcome, time.monotonic() - began)
+        free_locks(job.locks)
+        self.ended.append((job, outcome, time.monotonic() - began))
         self.wake()
 
     # ---- beginning, changing, ending
@@ -1833,7 +1883,7 @@ class Daemon:
         """Make a configuration the one in force; raise OSError and change nothing."""
         tls = tls_context(config)
         listeners = self.listeners(config.listen, passed)
-        self.server.tls, self.config, self.store.keep = tls, config, config.keep
+        self.server.tls, self.config = tls, config
         self.server.room = max(BODIES_MAX, config.max_body + HEAD_MAX)
         self.server.listen(listeners)
         with contextlib.suppress(OSError), open(f"{config.state}/address", "w") as file:
@@ -1842,10 +1892,11 @@ class Daemon:
     def listeners(self, wanted: Address, passed: Mapping[str, list[socket.socket]],
                   ) -> list[socket.socket]:
         """Return a .socket unit's sockets, else the one we have or stored, else a new one."""
-        others = [sock for name in passed if name != "hookd" for sock in passed[name]]
-        if others or (self.server.listeners and self.config.listen == wanted):
-            return others or self.server.listeners
-        stored = passed.get("hookd", [])
+        stored, old = passed.get("hookd", []), self.server.listeners
+        given = [sock for name in passed if name != "hookd" for sock in passed[name]]
+        self.given = self.given or bool(given)
+        if given or (old and (self.given or self.config.listen == wanted)):
+            return given or old
         fit = [sock for sock in stored if listens_on(sock, wanted)][:1]
         if not fit:
             fit = [open_socket(wanted)]
@@ -1877,7 +1928,8 @@ class Daemon:
                 raise ConfigError(f"{config.place}: [hookd] state: changed; restart hookd for that")
             self.apply(config, {})
             self.remotes.at = 0.0
-            log.info("reloaded: listening on %s hooks=%d", config.listen, len(config.hooks))
+            where = bound_address(self.server.listeners[0])
+            log.info("reloaded: listening on %s hooks=%d", where, len(config.hooks))
         except (ConfigError, OSError) as error:
             for problem in getattr(error, "problems", (str(error),)):
                 log.error("not reloaded, the old configuration stays: %s", problem)
@@ -1898,6 +1950,13 @@ class Daemon:
         self.store.close()
         log.info("stopped")
 
+    def tell_systemd(self) -> None:
+        """Keep the line in `systemctl status` true."""
+        line = f"hooks: {len(self.config.hooks)}, running: {len(self.jobs)}"
+        if line != self.told and self.server.listeners:
+            notify(f"STATUS=listening on {bound_address(self.server.listeners[0])}, {line}")
+            self.told = line
+
 class Remotes:
     """Find what no delivery told of: ask the remotes at start and every `catch_up`."""
 
@@ -1907,62 +1966,53 @@ class Remotes:
         self.down: set[str] = set()
 
     def start(self) -> None:
-        """Ask those whose time has come, in a thread of their own, one after the other."""
-        self.at = NEVER  # until the thread is through
-        threading.Thread(target=self.ask, daemon=True).start()
-
-    def ask(self) -> None:
-        """Ask for each hook: the root of a thread."""
+        """Ask those whose time has come, in a thread of their own."""
+        now, repos = time.monotonic(), {}
         hooks = [hook for hook in self.daemon.config.hooks
                  if hook.git and hook.catch_up and hook.event == "push"]
+        due = [hook for hook in hooks if self.next.get(hook.section, 0.0) <= now]
+        self.next = {hook.section: self.next.get(hook.section, 0.0) for hook in hooks}
+        self.next.update((hook.section, now + hook.catch_up) for hook in due)
+        for hook in due:
+            if hook.repo.endswith("/*"):  # those that hookd has heard of
+                repos[hook.section] = self.daemon.store.repos(hook.section)
+        self.at = NEVER  # until the thread is through
+        threading.Thread(target=self.ask, args=(due, repos), daemon=True).start()
+
+    def ask(self, hooks: Sequence[Hook], repos: Mapping[str, list[str]]) -> None:
+        """Ask for each hook, one after the other: the root of a thread."""
         for hook in hooks:
-            try:
-                if self.next.get(hook.section, 0.0) <= time.monotonic():
-                    self.next[hook.section] = time.monotonic() + hook.catch_up
-                    for repo in self.repos(hook):
-                        self.ask_one(hook, repo)
-            except (sqlite3.Error, OSError) as error:
-                log.error("catch-up failed: %s hook=%s", error, hook.section)
-            except Exception:
-                log.exception("a bug in hookd, in catch-up; please report this")
-        self.at = min((self.next[hook.section] for hook in hooks), default=NEVER)
+            for repo in repos.get(hook.section, [hook.repo]):
+                try:
+                    self.ask_one(hook, repo)
+                except Exception:
+                    log.exception("a bug in hookd, in catch-up; please report this")
+        self.at = min(self.next.values(), default=NEVER)
         self.daemon.wake()
 
-    def repos(self, hook: Hook) -> list[str]:
-        """Return the repositories of a hook: for `owner/*`, those that hookd has heard of."""
-        if not hook.repo.endswith("/*"):
-            return [hook.repo]
-        with self.daemon.store.lock:
-            sql = "SELECT DISTINCT repo FROM targets WHERE hook = ?"
-            return [repo for (repo,) in self.daemon.store.execute(sql, hook.section)]
-
     def ask_one(self, hook: Hook, repo: str) -> None:
-        """Queue the branches of one remote whose newest commit no run ever took."""
-        remote, store = fill(hook.git, repo, ""), self.daemon.store
+        """Hand on the newest commit of each branch that is this hook's."""
+        remote, config = fill(hook.git, repo, ""), self.daemon.config
         try:
-            branches = remote_branches(hook, repo, self.daemon.config.state)
+            branches = remote_branches(hook, repo, config.state)
         except OSError as error:
             if remote not in self.down:
-                log.warning("a remote cannot be asked: %s remote=%s", error, remote)
+                log.warning("a remote cannot be asked: %s", error)
             self.down.add(remote)
             return
         if remote in self.down:
-            log.info("a remote can be asked again remote=%s", remote)
+            log.info("a remote can be asked again: %s", remote)
         self.down.discard(remote)
         for ref, commit in branches.items():
             push = Push("push", repo, ref, commit)
-            first = next((h for h in self.daemon.config.hooks_for(repo) if h.matches(push)), None)
-            if first == hook:
-                with store.transaction():
-                    if store.is_news(hook.target(push), commit):
-                        number = store.add(hook.target(push), push, "catch-up", push_json(push))
-                        log.info("queued run %d: %s at %s, found by catch-up", number, push, commit[:7])
+            if hook is next((h for h in config.hooks_for(repo) if h.matches(push)), None):
+                self.daemon.found.append((hook, push))
 
 def delivery_id(arrival: Arrival) -> str:
     return escape(arrival.request.fields.get("x-github-delivery", "")[:100]) or "-"
 
-def close_job(store: Store, job: Job, outcome: Outcome, duration: float) -> None:
-    """Tell the log how a run ended, record it however long that takes, and free its locks."""
+def report(job: Job, outcome: Outcome, duration: float) -> None:
+    """Tell the log how a run ended, with its last words where it failed."""
     run, note = job.run, f" ({outcome.note})" if outcome.note else ""
     level = logging.INFO if outcome.state == "ok" else logging.WARNING
     log.log(level, "run %d %s%s: %s exit=%d seconds=%.1f delivery=%s", run.id, outcome.state, note,
@@ -1970,18 +2020,13 @@ def close_job(store: Store, job: Job, outcome: Outcome, duration: float) -> None
     if outcome.state in ("failed", "timeout"):
         for line in job.recent.decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
             log.warning("run %d said: %s", run.id, line)
-    while True:
-        try:
-            for old in store.finish(run, outcome, job.commit, duration):
-                with contextlib.suppress(FileNotFoundError):
-                    for name in os.listdir(run_file(job.state, old)):
-                        os.unlink(run_file(job.state, old, name))
-                    os.rmdir(run_file(job.state, old))
-            break
-        except (sqlite3.Error, OSError) as error:
-            log.error("the end of run %d cannot be written: %s", run.id, error)
-            time.sleep(1)
-    free_locks(job.locks)
+
+def forget(state: str, run: int) -> None:
+    """Remove a run's files."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(run_file(state, run)):
+            os.unlink(run_file(state, run, name))
+        os.rmdir(run_file(state, run))
 
 # ================================================================================= command line
 # Verbs for people. They read the same ini, and touch the state as the user who owns it.
@@ -1992,31 +2037,42 @@ def default_state(environ: Mapping[str, str]) -> str:
     home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return given or (common if os.path.isdir(common) else os.path.join(home, "hookd"))
 
-def load(file: str, create: bool) -> Config:
-    """Read an ini and the secrets it names; with `create`, make the default one if missing."""
+def secret_path(name: str, base: str) -> str:
+    """Return where a secret file is: among systemd's credentials, or beside the ini."""
+    folder, masked = os.environ.get("CREDENTIALS_DIRECTORY"), "/run/credentials/hookd.service"
+    path = os.path.join(folder or base, name)
+    return path if folder or os.path.exists(path) else os.path.join(masked, name)
+
+def load(file: str, verb: str) -> Config:
+    """Read an ini and the secrets it names; the default secret is made if it is missing."""
     base = os.path.dirname(os.path.abspath(file))
     try:
         with open(file, encoding="utf-8-sig") as ini:
             text = ini.read()
     except UnicodeDecodeError:
-        raise ConfigError(f"{file}: is not UTF-8 text; save it as that") from None
+        raise ConfigError(f"{file}: is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error}; name the ini with -c FILE") from None
     become_owner(text, base)
-    folder = os.environ.get("CREDENTIALS_DIRECTORY", base)
 
     def read_secret(name: str, is_default: bool) -> str:
-        path = os.path.join(folder, name)
+        path = name if is_default else secret_path(name, base)
         if is_default and not os.path.exists(path):
             import secrets
             fresh = secrets.token_hex(32)
-            if create:
+            if verb in ("serve", "secret"):
                 os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-                with open(path, "x", encoding="utf-8", opener=private) as file:
-                    file.write(fresh + "\n")
+                with open(path, "x", encoding="utf-8", opener=private) as new:
+                    new.write(fresh + "\n")
             return fresh
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        try:
+            with open(path, encoding="utf-8") as secret:
+                return secret.read()
+        except OSError:
+            # systemd hides credentials from ExecReload=, and most verbs need no secret.
+            if verb in ("run", "status", "log") or "CREDENTIALS_DIRECTORY" in os.environ:
+                return "unknown"
+            raise
 
     return Ini(os.path.basename(file), base, read_secret).config(text, default_state(os.environ))
 
@@ -2028,7 +2084,6 @@ def become_owner(text: str, base: str) -> None:
     named = ini.get("hookd", "state", fallback="")
     state = os.path.join(base, named) if named else default_state(os.environ)
     if os.geteuid() == 0 and os.path.isdir(state) and os.stat(state).st_uid:
-        import pwd
         owner = pwd.getpwuid(os.stat(state).st_uid)
         os.initgroups(owner.pw_name, owner.pw_gid)
         os.setgid(owner.pw_gid)
@@ -2048,14 +2103,11 @@ def serve(config: Config, options: argparse.Namespace) -> int:
     make_state(config)
     if take_locks(config.state, ["hookd"], f"hookd {os.getpid()}") is None:
         raise SystemExit(f"hookd: {config.state} is held by hookd {daemon_pid(config)}; stop that first")
-    listener = open_log(config.log)
-    daemon = Daemon(config, lambda: load(options.file, create=True))
-    try:
-        with contextlib.suppress(sqlite3.OperationalError):  # full, locked: it may yet become well
-            daemon.store.connect()
-        return daemon.serve()
-    finally:
-        listener.stop()
+    open_log(config.log)
+    daemon = Daemon(config, lambda: load(options.file, "serve"))
+    with contextlib.suppress(sqlite3.OperationalError):  # full, locked: it may yet become well
+        daemon.store.connect()
+    return daemon.serve()
 
 def daemon_pid(config: Config) -> int:
     """Return the pid of the hookd that serves this state, 0 where none does."""
@@ -2066,6 +2118,13 @@ def daemon_pid(config: Config) -> int:
             except BlockingIOError:
                 return int(file.read().split()[1])
     return 0
+
+def daemon_address(config: Config) -> Address | None:
+    """Return where the running hookd noted that it listens, None where there is none."""
+    with contextlib.suppress(OSError, ValueError), open(f"{config.state}/address") as file:
+        noted: Address = address(file.read())
+        return noted if daemon_pid(config) else None
+    return None
 
 def check(config: Config, options: argparse.Namespace) -> int:
     """the ini and what it names: every problem, then a table of the hooks"""
@@ -2079,8 +2138,9 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
     """Find what is wrong with what an ini names: section, key, fault and remedy of each."""
     ini, base = Ini.parser(strict=False), os.path.dirname(os.path.abspath(options.file))
     ini.read(options.file, encoding="utf-8-sig")
-    for section, key in ((s, key) for s in ini.sections() for key in SECRETS if key in ini[s]):
-        name = options.file if key == "secret" else os.path.join(base, ini[section][key])
+    files = [(s, key, secret_path(ini[s][key], base) if key == "secret_file" else options.file)
+             for s in ini.sections() for key in SECRETS if key in ini[s]]
+    for section, key, name in [*files, ("hookd", "secret_file", f"{config.state}/secret")]:
         if everybody_reads(os.path.abspath(name)):
             yield f"[{section}] {key}: every user can read {name}; chmod o-r {name}"
     for place, hook in enumerate(config.hooks):
@@ -2093,7 +2153,7 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
                 yield f"[{hook.section}] git: {error}"
     try:
         tls_context(config)
-        if config.listen.port > 0 and not daemon_pid(config):
+        if config.listen.port > 0 and str(config.listen) != str(daemon_address(config)):
             open_socket(config.listen).close()
     except OSError as error:
         yield f"[hookd] {'tls_cert' if 'tls' in str(error) else 'listen'}: {error}"
@@ -2109,12 +2169,15 @@ def everybody_reads(path: str) -> bool:
     return True
 
 def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator[str]:
-    user, names = f"user {os.geteuid()}", (hook.repo.lower(), hook.repo.lower().split("/")[0] + "/*")
+    """Find what is wrong with what a hook names, and with those before it."""
+    user = f"the user {pwd.getpwuid(os.geteuid()).pw_name}"
+    names = (hook.repo.lower(), hook.repo.lower().split("/")[0] + "/*")
     work = f"{config.state}/{WORK}"
     for other in (other for other in before if other.repo.lower() in names):
         if other.event == hook.event and fnmatchcase(hook.pattern, other.pattern):
             yield f"can never match: [{other.section}] above takes all of it; move this one up"
-        elif hook.pattern == other.pattern and hook.directory == other.directory == work:
+        elif hook.directory == other.directory == work and (
+                short_name(hook.pattern) == short_name(other.pattern)):
             yield f"directory: is that of [{other.section}] too; set directory in one of them"
     directory = re.sub(r"/[^/]*\{.*", "", hook.directory)
     while not os.path.exists(directory):
@@ -2125,7 +2188,7 @@ def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator
     if hook.git and os.path.exists(git) and os.stat(git).st_uid != os.geteuid():
         yield f"directory: git will not touch another user's {hook.directory}; chown -R it"
     if hook.deploy_key and not os.access(hook.deploy_key, os.R_OK):
-        yield f"deploy_key: {user} cannot read {hook.deploy_key}; chown it, or mend the name"
+        yield f"deploy_key: {user} cannot read {hook.deploy_key}; chown it, or make it with ssh-keygen"
     elif hook.deploy_key and os.stat(hook.deploy_key).st_mode & 0o077:
         yield f"deploy_key: ssh refuses a key others can read; chmod 600 {hook.deploy_key}"
     scripts = " ".join((hook.command, hook.on_success, hook.on_failure, hook.on_delete))
@@ -2156,9 +2219,9 @@ def run(config: Config, options: argparse.Namespace) -> int:
     if hook is None:
         raise SystemExit(f"hookd: {config.place} has no hook for {options.repo} {options.branch}")
     make_state(config)
-    store, target, pid = Store(config.state, config.keep), hook.target(push), os.getpid()
+    store, target, pid = Store(config.state), hook.target(push), os.getpid()
     with store.transaction():
-        number = store.add(target, push, "run", push_json(push))
+        number = store.add(store.target_id(target), push, "run", push_json(push))
         payload = store.begin(number, pid)
     (row,) = store.runs("WHERE r.id = ?", number)
     names, told = lock_names(hook, target), False
@@ -2168,11 +2231,13 @@ def run(config: Config, options: argparse.Namespace) -> int:
         told = True
         time.sleep(0.2)
     job, began = Job(row, hook, config.state, locks), time.monotonic()
-    job.echo, log.disabled = show, True
+    job.echo = show
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
     outcome = job.perform(payload)
-    close_job(store, job, outcome, time.monotonic() - began)
+    with store.transaction():
+        store.finish(row, outcome, job.commit, time.monotonic() - began)
+    free_locks(locks)
     return outcome.exit
 
 def show(data: bytes) -> None:
@@ -2201,15 +2266,13 @@ def send(config: Config, options: argparse.Namespace) -> int:
         f"X-Hub-Signature-256: sha256={hmac.new(secret, body, 'sha256').hexdigest()}"])
     print(text)
     if options.wait and (status == 202 or config.quiet):
-        for row in Store(config.state, config.keep).runs("WHERE r.delivery = ?", delivery):
+        for row in Store(config.state).runs("WHERE r.delivery = ?", delivery):
             return watch(config, row.id, follow=True)
     return 0 if status == 202 or text.startswith("pong") else 1
 
 def post(config: Config, body: bytes, fields: Sequence[str]) -> tuple[int, str]:
     """POST to the running daemon, at the address that it noted; return status and text."""
-    where = config.listen
-    with contextlib.suppress(OSError, ValueError), open(f"{config.state}/address") as file:
-        where = address(file.read())
+    where = daemon_address(config) or config.listen
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where.host, where.host)
     head = [f"POST {config.path} HTTP/1.1", "Host: localhost", "Connection: close", *fields]
     head += [f"Content-Length: {len(body)}", "", ""]
@@ -2231,7 +2294,7 @@ def post(config: Config, body: bytes, fields: Sequence[str]) -> tuple[int, str]:
 
 def watch(config: Config, number: int, follow: bool) -> int:
     """Print a run's output, with `follow` until it has ended; return its exit status."""
-    store, shown = Store(config.state, config.keep), 0
+    store, shown = Store(config.state), 0
     while True:
         rows = store.runs("WHERE r.id = ?", number)
         with contextlib.suppress(FileNotFoundError):
@@ -2247,17 +2310,22 @@ def watch(config: Config, number: int, follow: bool) -> int:
             print(f"hookd: run {number} takes its place", file=sys.stderr)
         time.sleep(0.1)
 
+def has_history(config: Config) -> bool:
+    """Tell whether hookd ever ran here; raise PermissionError where we may not know."""
+    with contextlib.suppress(FileNotFoundError):
+        return "hookd.db" in os.listdir(config.state)
+    return False
+
 def status(config: Config, options: argparse.Namespace) -> int:
     """each target: last state, commit, when, how long, what waits; 1 if any is not ok"""
-    store, found = Store(config.state, config.keep), []
-    rows = store.execute(STATUS) if os.path.exists(store.path) else None
-    for row in rows or ():
-        facts = dict(zip([column[0] for column in rows.description], row)) if rows else {}
+    found = []
+    for row in Store(config.state).execute(STATUS) if has_history(config) else ():
+        facts = dict(zip(STATUS_COLUMNS, row))
         deleted, open_runs = facts.pop("deleted"), facts["running"] or facts["waiting"]
         gone = facts["hook"] not in config.by_section or (deleted and facts["state"] == "ok")
         if open_runs or (facts["run"] and not gone):
             facts["waiting"] = [int(n) for n in (facts["waiting"] or "").split(",") if n]
-            found.append({**facts, "last_good": facts["last_good"] or None, "branch": short_name(facts["ref"])})
+            found.append({**facts, "branch": short_name(facts["ref"])})
     if options.json:
         print(json.dumps(found, indent=1))
     else:
@@ -2284,7 +2352,7 @@ def show_log(config: Config, options: argparse.Namespace) -> int:
     if len(words) > 2:
         raise SystemExit("hookd: log takes the number of a run, or REPO BRANCH")
     values = [*words, *words[1:], *words[1:]]
-    store = Store(config.state, config.keep)
+    store = Store(config.state)
     rows = store.runs(f"WHERE {where[len(words)]} ORDER BY r.began DESC LIMIT 1", *values)
     if not rows:
         raise SystemExit("hookd: no such run; hookd.py status lists what ran")
@@ -2330,7 +2398,7 @@ def main(argv: Sequence[str]) -> int:
     """Do what a command line asks; return the exit status."""
     options = arguments(argv)
     try:
-        config = load(options.file, create=options.verb in ("serve", "secret", "run"))
+        config = load(options.file, options.verb)
         return VERBS[options.verb](config, options)
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
