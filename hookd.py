@@ -14,8 +14,8 @@ The life of a delivery, which is also the order of this file:
  9. How it ended goes into history and log; on_success or on_failure follow.
 10. What a crash or a stop cut off runs again at the next start, once.
 
-Exit status: 0 done; 1 failed; 2 wrong usage; 78 the ini needs mending. `run` and `send --wait`
-exit as the command did: 124 after a timeout, 128+N after signal N.
+Exit status: 0 done; 1 failed; 2 wrong usage; 78 the ini or the state needs mending. `run` and
+`send --wait` exit as the command did: 124 after a timeout, 128+N after signal N.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ PART_SECONDS = 2.0  # at a stop, for requests that have begun
 GIT_SECONDS = 60.0  # for a question to git
 BUSY_SECONDS = 3.0  # for a database that another program has locked
 NOISE_SECONDS = 60.0
-LINE_MAX = 8 * 1024  # of a request's first line
-HEAD_MAX = 16 * 1024  # of its head; GitHub's has about 1 KB
-FIELDS_MAX = 100
+LINE_MAX, HEAD_MAX, FIELDS_MAX = 8 * 1024, 16 * 1024, 100  # GitHub's heads have about 1 KB
 BODIES_MAX = 32 * 1024**2  # all bodies in flight together
 CONNECTIONS_MAX = 4000
 CHUNK = 256 * 1024
@@ -75,16 +73,6 @@ class Refusal(Exception):
 # ======================================================================================= values
 # Frozen, complete and valid when built. Secrets never show in a repr.
 
-class Address(NamedTuple):
-    """Name where to listen: a TCP host and port, or (port -1) the path of a unix socket."""
-
-    host: str
-    port: int = -1
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"unix:{self.host}" if self.port < 0 else f"{host}:{self.port}"
-
 class Request(NamedTuple):
     """Hold the head of an HTTP request; field names in lower case, values as latin-1 text."""
 
@@ -95,7 +83,7 @@ class Request(NamedTuple):
     keep_alive: bool
 
 class Push(NamedTuple):
-    """Hold what one event says of one ref."""
+    """Hold what one event says of one ref; a deletion has no commit."""
 
     event: str
     repo: str
@@ -106,8 +94,13 @@ class Push(NamedTuple):
     deleted: bool = False
     pushed_at: int = 0
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
         return escape(f"{self.repo} {short_name(self.ref)}")
+
+    def __str__(self) -> str:
+        at = f" at {self.commit[:7]}" if self.commit else " (deleted)" if self.deleted else ""
+        return self.place + at
 
 class Target(NamedTuple):
     """Name what a hook resolves to for one ref: the unit of queue and history."""
@@ -126,35 +119,27 @@ class Decision(NamedTuple):
     push: Push | None = None
     payload: str = ""
 
+class Run(NamedTuple):
+    """Hold a row of the history: what is to be done, where, for whom."""
+
+    id: int
+    target: Target
+    push: Push
+    delivery: str
+    state: str
+    attempts: int
+    pid: int  # of a foreground run
+    exit: int | None
+    note: str
+    last_good: str  # commit of the target's last run that ended ok
+    last_state: str  # of the target's last run
+
 class Outcome(NamedTuple):
     """Hold how a run ended: state, exit status and, for a person, why."""
 
     state: str
     exit: int
     note: str = ""
-
-class Run(NamedTuple):
-    """Hold a row of the history with its target; times in Unix seconds."""
-
-    target: Target
-    last_good: str
-    last_state: str
-    id: int
-    state: str
-    event: str
-    delivery: str
-    commit: str
-    before: str
-    pusher: str
-    deleted: bool
-    attempts: int
-    pid: int
-    exit: int | None
-    note: str
-
-    def __str__(self) -> str:
-        at = f" at {self.commit[:7]}" if self.commit else " (deleted)" if self.deleted else ""
-        return escape(f"{self.target.repo} {short_name(self.target.ref)}{at}")
 
 def short_name(ref: str) -> str:
     return re.sub(r"^refs/(heads|tags)/", "", ref, count=1)
@@ -191,6 +176,7 @@ Parser = Callable[[str], Any]
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "K": 1024, "M": 1024**2, "G": 1024**3}
 BOOLEANS = configparser.RawConfigParser.BOOLEAN_STATES
 REPOSITORY = re.compile(r"(?!\.\.?/)[\w.-]{1,100}/(?:(?!\.\.?$)[\w.-]{1,100}|\*)", re.ASCII)
+PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6(?:[0-4][0-9]{3}|5(?:[0-4][0-9]{2}|5(?:[0-2][0-9]|3[0-5]))))"
 WORK = "work/{repo}/{slug}"
 
 def form(pattern: str, convert: Parser, what: str) -> Parser:
@@ -210,15 +196,9 @@ def quantity(text: str) -> int:
 def lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
-def parse_address(text: str) -> Address:
-    host, _, port = text.rpartition(":")
-    if text.startswith("unix:"):
-        return Address(text[5:])
-    if int(port) > 65535:
-        raise ValueError(f"{port} is no port; write a number up to 65535")
-    return Address(host.strip("[]"), int(port))
-
 def networks(text: str) -> tuple[Any, ...]:
+    if not text:
+        return ()
     import ipaddress
     try:
         return tuple(ipaddress.ip_network(word) for word in text.split())
@@ -226,10 +206,11 @@ def networks(text: str) -> tuple[Any, ...]:
         raise ValueError(f"{error}; write networks like 192.30.252.0/22 2a0a:a440::/29") from None
 
 def variables(text: str) -> tuple[tuple[str, str], ...]:
-    for line in lines(text):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", line):
-            raise ValueError(f"{line.split('=')[0]!r} is no variable; write lines NAME=value")
-    return tuple((line.partition("=")[0], line.partition("=")[2]) for line in lines(text))
+    pairs = [line.partition("=") for line in lines(text)]
+    for name, equals, _ in pairs:
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{name!r} is no variable; write lines NAME=value")
+    return tuple((name, value) for name, _, value in pairs)
 
 def template(*known: str) -> Parser:
     def parse(text: str) -> str:
@@ -239,18 +220,18 @@ def template(*known: str) -> Parser:
         return text
     return parse
 
+A_DURATION = "a duration; write it like 90s, 15m, 2h or 1d"
 count = form("0*[1-9][0-9]{0,8}", int, "a number from 1 up; write it like 2")
 size = form("0*[1-9][0-9]{0,8}[KMG]?", quantity, "a size; write it like 64K or 25M")
-A_DURATION = "a duration; write it like 90s, 15m, 2h or 1d"
 duration = form("0*[1-9][0-9]{0,8}[smhd]", quantity, A_DURATION)
 no_or_duration = form("no|0*[1-9][0-9]{0,8}[smhd]", quantity, f"no or {A_DURATION}")
 yes_or_no = form(f"(?i:{'|'.join(BOOLEANS)})", lambda text: BOOLEANS[text.lower()],
                  "yes or no; write one of these")
-address = form(r"unix:/.+|(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):[0-9]{1,5}", parse_address,
+address = form(rf"unix:/.+|(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):{PORT}", str,
                "an address; write 127.0.0.1:9000, [::1]:9000 or unix:/path")
 url_path = form(r'/[!-"$->@-~]*', str, "a URL path; begin with / and use no space, ? or #")
-repo_template = template("{repo}", "{owner}", "{name}")
-full_template = template("{repo}", "{owner}", "{name}", "{branch}", "{slug}")
+of_repo = template("{repo}", "{owner}", "{name}")
+of_branch = template("{repo}", "{owner}", "{name}", "{branch}", "{slug}")
 
 def key(default: str, parse: Parser, secret: bool = False) -> Any:
     return field(repr=not secret, metadata={"default": default, "parse": parse})
@@ -264,15 +245,15 @@ class Hook:
     pattern: str
     secrets: tuple[bytes, ...] = field(repr=False)
     command: str = key("", str)
-    directory: str = key("", full_template)
-    git: str = key("", repo_template)
+    directory: str = key("", of_branch)
+    git: str = key("", of_repo)
     deploy_key: str = key("", str)
     environment: tuple[tuple[str, str], ...] = key("", variables, secret=True)
     timeout: float = key("15m", duration)
     queue: str = key("newest", one_of("newest", "every", "replace"))
     event: str = key("push", one_of("push", "workflow_run", "release"))
     paths: tuple[str, ...] = key("", lines)
-    lock: str = key("", full_template)
+    lock: str = key("", of_branch)
     catch_up: float = key("1h", no_or_duration)
     on_success: str = key("", str)
     on_failure: str = key("", str)
@@ -297,12 +278,13 @@ class Hook:
 
 @dataclass(frozen=True)
 class Config:
-    """Hold the whole ini; `secrets` speak for the repositories that have no hook."""
+    """Hold the whole ini, hooks by section; `secrets` speak for repositories that have no hook."""
 
     place: str
+    hooks: Mapping[str, Hook]
     secrets: tuple[bytes, ...] = field(repr=False)
-    hooks: tuple[Hook, ...]
-    listen: Address = key("127.0.0.1:9000", address)
+    all_secrets: tuple[bytes, ...] = field(repr=False)
+    listen: str = key("127.0.0.1:9000", address)
     path: str = key("/", url_path)
     state: str = key("", str)
     jobs: int = key("2", count)
@@ -312,16 +294,7 @@ class Config:
     tls_cert: str = key("", str)
     tls_key: str = key("", str)
     quiet: bool = key("no", yes_or_no)
-    allow_from: tuple[Any, ...] = key("", lambda text: networks(text) if text else ())
-
-    @cached_property
-    def by_section(self) -> Mapping[str, Hook]:
-        return {hook.section: hook for hook in self.hooks}
-
-    @cached_property
-    def all_secrets(self) -> tuple[bytes, ...]:
-        own = (secret for hook in self.hooks for secret in hook.secrets)
-        return tuple(dict.fromkeys([*self.secrets, *own]))
+    allow_from: tuple[Any, ...] = key("", networks)
 
     @cached_property
     def by_repo(self) -> dict[str, list[Hook]]:
@@ -331,15 +304,19 @@ class Config:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         names = (repo.lower(), repo.lower().split("/")[0] + "/*")
         if names[0] not in self.by_repo:
-            self.by_repo[names[0]] = [hook for hook in self.hooks if hook.repo.lower() in names]
+            mine = [hook for hook in self.hooks.values() if hook.repo.lower() in names]
+            self.by_repo[names[0]] = mine
         return self.by_repo[names[0]]
 
 DAEMON_KEYS = {f.name: f.metadata for f in fields(Config) if f.metadata}
 HOOK_KEYS = {f.name: f.metadata for f in fields(Hook) if f.metadata}
 SECRETS = ("secret", "secret_file")
-KEYS = {name: m["default"] for name, m in {**DAEMON_KEYS, **HOOK_KEYS}.items()}
+KEYS = {name: data["default"] for name, data in {**DAEMON_KEYS, **HOOK_KEYS}.items()}
 KEYS |= dict.fromkeys(SECRETS, "")
 FILES = ("state", "tls_cert", "tls_key", "deploy_key", "directory")
+
+class IniParser(configparser.RawConfigParser):
+    SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as from Python 3.11 on: [octo/site v[0-9]]
 
 class Ini:
     """Read an ini's text into a Config; callers call `config`, once.
@@ -355,44 +332,46 @@ class Ini:
         self.ini = self.parser(strict=True)
 
     @staticmethod
-    def parser(strict: bool) -> configparser.RawConfigParser:
+    def parser(strict: bool) -> IniParser:
         # No section is the default one: it has a name that no ini can spell.
-        return configparser.RawConfigParser(strict=strict, default_section="\n")
+        return IniParser(strict=strict, default_section="\n")
 
     def config(self, text: str, state: str) -> Config:
         """Return the Config of a text; `state` is the default. Raise ConfigError."""
         self.parse(text)
-        names = self.ini.sections()
-        self.shared = {name.strip().lower(): name for name in names if len(name.split()) == 1}
-        words = [(name, *name.split()) for name in names if len(name.split()) == 2]
-        for name in names:
-            self.check_section(name, {repo.lower() for _, repo, _ in words})
-        daemon = {name: self.value(name, ("hookd",)) for name in DAEMON_KEYS}
+        words = {name: name.split() for name in self.ini.sections()}
+        used = {two[0].lower() for two in words.values() if len(two) == 2}
+        self.shared = {name.strip().lower(): name for name in words}
+        for name in words:
+            self.check_section(name, used)
+        daemon = {name: self.value(name, ["hookd"]) for name in DAEMON_KEYS}
         daemon["state"] = self.state = daemon["state"] or state
         if bool(daemon["tls_cert"]) != bool(daemon["tls_key"]):
             self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
-        hooks = tuple(self.hook(*three) for three in words)
-        sets = any(self.ini.has_option("hookd", name) for name in SECRETS)
-        secrets = self.secrets(("hookd",)) if sets or not hooks or "" in self.found else ()
+        hooks = {name: self.hook(name, *two) for name, two in words.items() if len(two) == 2}
+        if not hooks or any(self.ini.has_option("hookd", name) for name in SECRETS):
+            self.secrets(["hookd"])
         if self.problems:
             raise ConfigError(*self.problems)
-        return Config(place=self.place, **daemon, secrets=secrets, hooks=hooks)
+        every = tuple(dict.fromkeys(one for level in self.found.values() for one in level))
+        secrets = self.found.get("hookd") or self.found.get("", ())
+        return Config(self.place, hooks, secrets, every, **daemon)
 
     def parse(self, text: str) -> None:
         """Let configparser read; after a duplicate the rest is still looked at."""
         try:
-            self.ini.read_string(text, self.place)
+            self.ini.read_string(text)
         except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
             fault = f"is there twice (line {error.lineno}); keep one"
             self.problem(error.section, getattr(error, "option", ""), fault)
+            self.ini = self.parser(strict=False)
+            with contextlib.suppress(configparser.ParsingError):
+                self.ini.read_string(text)
         except configparser.ParsingError as error:  # its own words would show a secret's line
             first = getattr(error, "lineno", 0)
             numbers = [first] if first else [line for line, _ in error.errors]
             fault = "is no [section] and no `key = value`; indent it if it continues the one above"
             raise ConfigError(*(f"{self.place}: line {n} {fault}" for n in numbers)) from None
-        if self.problems:
-            self.ini = self.parser(strict=False)
-            self.ini.read_string(text, self.place)
 
     def problem(self, section: str, key: str, fault: str) -> None:
         where = f"{self.place}: [{section}] {key}".rstrip()
@@ -401,11 +380,11 @@ class Ini:
     def check_section(self, section: str, used: set[str]) -> None:
         """Tell what is wrong with the name of a section and with those of its keys."""
         words = section.split()
-        named = len(words) in (1, 2) and REPOSITORY.fullmatch(words[0])
-        if section != "hookd" and not named:
-            self.problem(section, "", "is no hook; write [hookd] or [owner/repo branch]")
-        elif section != "hookd" and len(words) == 1 and words[0].lower() not in used:
-            self.problem(section, "", f"is used by no hook; add one like [{section} main]")
+        if section != "hookd":
+            if len(words) not in (1, 2) or not REPOSITORY.fullmatch(words[0]):
+                self.problem(section, "", "is no hook; write [hookd] or [owner/repo branch]")
+            elif words[0].lower() not in used:
+                self.problem(section, "", f"is used by no hook; add one like [{section} main]")
         for key in self.ini[section]:
             if key not in KEYS:
                 import difflib
@@ -415,9 +394,9 @@ class Ini:
             elif key in DAEMON_KEYS and section != "hookd":
                 self.problem(section, key, "is for the whole daemon; move it to [hookd]")
 
-    def value(self, key: str, levels: Iterable[str]) -> Any:
+    def value(self, key: str, levels: Sequence[str]) -> Any:
         """Return a key's value from the nearest level that sets it, else its default."""
-        parse = {**DAEMON_KEYS, **HOOK_KEYS}[key]["parse"]
+        parse = (DAEMON_KEYS.get(key) or HOOK_KEYS[key])["parse"]
         level = next((name for name in levels if self.ini.has_option(name, key)), "")
         text = self.ini.get(level, key, fallback="") or KEYS[key]
         try:
@@ -434,30 +413,25 @@ class Ini:
     def secrets(self, levels: Sequence[str]) -> tuple[bytes, ...]:
         """Return the secrets of the nearest level that sets any, else the default file's."""
         sets = (name for name in levels for key in SECRETS if self.ini.has_option(name, key))
-        level = next(sets, "")
-        if level not in self.found:
-            self.found[level] = self.read_secrets(level)
-        return self.found[level]
-
-    def read_secrets(self, level: str) -> tuple[bytes, ...]:
-        default = f"{self.state}/secret"
+        level, default = next(sets, ""), f"{self.state}/secret"
+        if level in self.found:
+            return self.found[level]
         name = self.ini.get(level, "secret_file", fallback="" if level else default)
-        found, text = lines(self.ini.get(level, "secret", fallback="")), ""
+        found = list(lines(self.ini.get(level, "secret", fallback="")))
         try:
             text = self.read_secret(name, self.absolute(name) == default) if name else ""
+            found += [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+            if not found:
+                raise ValueError("it is empty")
         except (OSError, ValueError) as error:
-            fault = f"cannot be read ({error}); make it a file that hookd may read"
-            self.problem(level or "hookd", "secret_file", fault)
-            return ()
-        found += tuple(line.rstrip("\r") for line in text.split("\n") if line.strip())
-        if not found:
-            key = "secret_file" if name else "secret"
-            self.problem(level or "hookd", key, "is empty; put one secret on a line")
-        return tuple(line.encode() for line in found)
+            fault = f"cannot be used ({error}); put one secret on a line, where hookd may read it"
+            self.problem(level or "hookd", "secret_file" if name else "secret", fault)
+        self.found[level] = tuple(line.encode() for line in found)
+        return self.found[level]
 
     def hook(self, section: str, repo: str, pattern: str) -> Hook:
-        shared = self.shared.get(repo.lower())
-        levels = (section, shared, "hookd") if shared else (section, "hookd")
+        """Return a section's Hook; settings come from it, from its repository's, from [hookd]."""
+        levels = [section, self.shared.get(repo.lower(), section), "hookd"]
         values = {key: self.value(key, levels) for key in HOOK_KEYS}
         if not values["command"] and not values["git"]:
             self.problem(section, "command", "is missing; set command, or git, or both")
@@ -482,11 +456,10 @@ COMMIT = re.compile("[0-9a-f]{40}(?:[0-9a-f]{24})?")
 # git-check-ref-format(1). No part begins with a dot: refs name folders.
 REF = re.compile(
     r"refs/(?:heads|tags)(?!.*(?://|\.\.|@\{|\.lock(?:/|$)|[/.]$))"
-    r"(?:/[^\x00-\x20\x7f~^:?*\[\\/.\ud800-\udfff][^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]*)+"
-)
+    r"(?:/[^\x00-\x20\x7f~^:?*\[\\/.\ud800-\udfff][^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]*)+")
 
 def check_start(start: bytes) -> None:
-    """Refuse an unfinished head once it can only end badly."""
+    """Refuse a head, whole or not, once it can only end badly."""
     line, newline, _ = start.partition(b"\n")
     if len(line) > LINE_MAX:
         raise Refusal(414, "request line too long")
@@ -497,15 +470,11 @@ def check_start(start: bytes) -> None:
         raise Refusal(400, "not HTTP/1.1 (TLS on a plain port?)")
 
 def read_head(head: bytes) -> Request:
-    """Read a head without its empty line, strictly (RFC 9112): one form, no repair."""
+    """Read a head up to its empty line, strictly (RFC 9112): one form, no repair."""
+    check_start(head + b"\r\n")
     first, *rest = head.split(b"\r\n")
-    line = REQUEST_LINE.fullmatch(first)
-    if len(first) > LINE_MAX:
-        raise Refusal(414, "request line too long")
-    if not line:
-        raise Refusal(400, "not HTTP/1.1")
-    if len(head) > HEAD_MAX or len(rest) > FIELDS_MAX:
-        raise Refusal(431, "request head too large")
+    if len(rest) > FIELDS_MAX:
+        raise Refusal(431, "too many header fields")
     fields: dict[str, str] = {}
     for text in rest:
         match = FIELD.fullmatch(text)
@@ -515,9 +484,10 @@ def read_head(head: bytes) -> Request:
         if name in fields and name in SINGLE:
             raise Refusal(400, f"{name} given twice")
         fields[name] = match[2].decode("latin-1").rstrip(" \t")
-    method, target = line[1].decode(), line[2].decode()
+    method, target, version = first.decode().split(" ")
     connection = fields.get("connection", "").lower()
-    keep_alive = "close" not in connection if line[3] == b"1" else connection == "keep-alive"
+    new = version == "HTTP/1.1"
+    keep_alive = "close" not in connection if new else connection == "keep-alive"
     return Request(method, target, fields, body_length(method, fields), keep_alive)
 
 def body_length(method: str, fields: Mapping[str, str]) -> int:
@@ -527,12 +497,13 @@ def body_length(method: str, fields: Mapping[str, str]) -> int:
         if length is not None:
             raise Refusal(400, "both Content-Length and Transfer-Encoding")
         raise Refusal(411 if coding.lower() == "chunked" else 501, "Content-Length needed")
-    if length is None and method == "POST":
-        raise Refusal(411, "Content-Length needed")
-    digits = "0" if length is None else length
-    if not re.fullmatch("[0-9]+", digits):
+    if length is None:
+        if method == "POST":
+            raise Refusal(411, "Content-Length needed")
+        length = "0"
+    if not re.fullmatch("[0-9]+", length):
         raise Refusal(400, "Content-Length is no number")
-    return int(digits[:16])  # no size has as many; int() refuses thousands by itself
+    return int(length) if len(length) < 16 else 10**16  # int() itself refuses thousands of digits
 
 def check_head(config: Config, request: Request, client: str) -> None:
     """Refuse what its head alone condemns, before the body is read."""
@@ -550,15 +521,12 @@ def check_head(config: Config, request: Request, client: str) -> None:
         raise Refusal(413, "body too large")
     if fields.get("content-encoding", "identity").lower() != "identity":
         raise Refusal(415, "Content-Encoding not supported")
-    if media_type(request) not in (JSON, FORM):
+    if fields.get("content-type", "").partition(";")[0].strip().lower() not in (JSON, FORM):
         raise Refusal(415, f"Content-Type must be {JSON}")
     if not fields.get("x-hub-signature-256"):
         raise Refusal(403, "signature missing")
     if not SIGNATURE.fullmatch(fields["x-hub-signature-256"]):
         raise Refusal(403, "signature does not match")
-
-def media_type(request: Request) -> str:
-    return request.fields.get("content-type", "").partition(";")[0].strip().lower()
 
 def allowed(config: Config, client: str) -> bool:
     import ipaddress
@@ -566,7 +534,7 @@ def allowed(config: Config, client: str) -> bool:
         host = ipaddress.ip_address(client.partition("%")[0])
     except ValueError:
         return False
-    return any((getattr(host, "ipv4_mapped", None) or host) in net for net in config.allow_from)
+    return any(host in network for network in config.allow_from)
 
 def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
     """Return the secret that signed the raw body; refuse where none did.
@@ -584,27 +552,28 @@ def decide(config: Config, request: Request, body: Body) -> Decision:
     """Judge a whole delivery: what to answer, or for which hook to queue what."""
     fields = request.fields
     secret = authenticate(config.all_secrets, fields["x-hub-signature-256"], body)
-    payload = decode_form(body) if media_type(request) == FORM else decode(body)
-    data = parse_json(payload)
-    event, repo = fields.get("x-github-event", ""), repository(data)
+    payload, data = read_payload(body, fields["content-type"].lower().startswith(FORM))
+    event, repo = fields.get("x-github-event", ""), ""
     if not event:
         raise Refusal(400, "X-GitHub-Event missing")
+    if pick(data, "repository") is not None:  # an organisation's ping has none
+        repo = needed(REPOSITORY, pick(data, "repository", "full_name"), "repository")
     hooks = config.hooks_for(repo)
     if repo and secret not in ({s for hook in hooks for s in hook.secrets} or config.secrets):
         raise Refusal(403, "the secret is another repository's")
     if event == "ping":
         return Decision(200, pong(config, repo, secret))
-    push = EVENTS[event](data, repo) if event in EVENTS else None
+    push = EVENTS[event](data, needed(REPOSITORY, repo, "repository")) if event in EVENTS else None
     if push is None:
         return Decision(200, f"ignored: nothing to do for this {escape(event[:40])} event")
     hook = next((hook for hook in hooks if hook.matches(push)), None)
     if hook is None:
-        return Decision(200, f"ignored: no hook for {push}")
+        return Decision(200, f"ignored: no hook for {push.place}")
     if secret not in hook.secrets:
         raise Refusal(403, "the secret is another repository's")
     push = push._replace(repo=hook.named(repo))
     if push.deleted and not hook.on_delete:
-        return Decision(200, f"ignored: {push} was deleted")
+        return Decision(200, f"ignored: {push.place} was deleted")
     if hook.paths and not push.deleted and not touches(hook.paths, data):
         return Decision(200, f"ignored: {push} changed none of its paths", hook, push)
     return Decision(202, "", hook, push, payload)
@@ -621,31 +590,21 @@ def touches(patterns: Sequence[str], data: Any) -> bool:
     paths = {path for paths in found for path in paths if isinstance(path, str)}
     return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
-def decode(body: Body) -> str:
-    try:
-        return body.decode()
-    except UnicodeDecodeError:
-        raise Refusal(400, "the payload is not UTF-8") from None
-
-def decode_form(body: Body) -> str:
-    from urllib.parse import parse_qs
-    try:
-        (payload,) = parse_qs(body.decode("ascii"), strict_parsing=True, errors="strict")["payload"]
-    except (ValueError, KeyError):
-        raise Refusal(400, "no form with one payload field") from None
-    return payload
-
-def parse_json(text: str) -> dict[str, Any]:
-    """Parse a JSON object; depth, huge numbers and NaN are refused."""
+def read_payload(body: Body, form: bool) -> tuple[str, dict[str, Any]]:
+    """Return the JSON text of a body and its object; depth, huge numbers and NaN are refused."""
     def refuse(constant: str) -> Any:
         raise ValueError(constant)
     try:
+        text = body.decode("ascii" if form else "utf-8")
+        if form:
+            from urllib.parse import parse_qs
+            (text,) = parse_qs(text, strict_parsing=True, errors="strict")["payload"]
         data = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError):
+    except (ValueError, KeyError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise Refusal(400, "the payload is no JSON object that hookd can read")
-    return data
+    return text, data
 
 def pick(data: Any, *names: str) -> Any:
     """Follow names into nested objects; None where one is missing or no object."""
@@ -659,27 +618,21 @@ def text_of(data: Any, *names: str) -> str:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 def needed(pattern: re.Pattern[str], value: Any, name: str) -> str:
-    if not isinstance(value, str) or not pattern.fullmatch(value):
+    """Return a field that has its form; `*` is for the ini alone."""
+    if not isinstance(value, str) or not pattern.fullmatch(value) or "*" in value:
         raise Refusal(400, f"signed, but hookd cannot read its {name}")
     return value
 
-def repository(data: Any) -> str:
-    """Return the repository's full name; empty where a payload (an organisation's) has none."""
-    if pick(data, "repository") is None:
-        return ""
-    name = needed(REPOSITORY, pick(data, "repository", "full_name"), "repository")
-    return needed(re.compile(r"[^*]+"), name, "repository")
-
 def read_push(data: Any, repo: str) -> Push:
     """https://docs.github.com/webhooks/webhook-events-and-payloads#push"""
-    repo, ref = needed(REPOSITORY, repo, "repository"), needed(REF, pick(data, "ref"), "ref")
+    ref = needed(REF, pick(data, "ref"), "ref")
     commit = needed(COMMIT, pick(data, "after"), "commit")
     deleted = pick(data, "deleted") is True or not commit.strip("0")
     pusher = text_of(data, "pusher", "name") or text_of(data, "sender", "login")
     when = pick(data, "repository", "pushed_at")
-    pushed_at = when if type(when) is int and 0 < when < 2**62 else 0
-    return Push("push", repo, ref, "" if deleted else commit, text_of(data, "before"), pusher,
-                deleted, pushed_at)
+    when = when if type(when) is int and 0 < when < 2**62 else 0
+    before = text_of(data, "before")
+    return Push("push", repo, ref, "" if deleted else commit, before, pusher, deleted, when)
 
 def read_workflow_run(data: Any, repo: str) -> Push | None:
     """Take a workflow that succeeded for a push to this very repository, never a fork's.
@@ -689,7 +642,7 @@ def read_workflow_run(data: Any, repo: str) -> Push | None:
     run = pick(data, "workflow_run")
     good = (pick(data, "action"), pick(run, "conclusion"), pick(run, "event"))
     home = text_of(run, "head_repository", "full_name").lower()
-    if good != ("completed", "success", "push") or not repo or home != repo.lower():
+    if good != ("completed", "success", "push") or home != repo.lower():
         return None
     ref = needed(REF, f"refs/heads/{text_of(run, 'head_branch')}", "branch")
     commit = needed(COMMIT, pick(run, "head_sha"), "commit")
@@ -700,37 +653,35 @@ def read_release(data: Any, repo: str) -> Push | None:
 
     https://docs.github.com/webhooks/webhook-events-and-payloads#release
     """
-    if pick(data, "action") != "published" or not repo:
+    if pick(data, "action") != "published":
         return None
     ref = needed(REF, f"refs/tags/{text_of(data, 'release', 'tag_name')}", "tag")
     return Push("release", repo, ref, "", pusher=text_of(data, "release", "author", "login"))
 
-EVENTS: Mapping[str, Callable[[Any, str], Any]] = {
+EVENTS: Mapping[str, Callable[[Any, str], Push | None]] = {
     "push": read_push, "workflow_run": read_workflow_run, "release": read_release}
 
 def pong(config: Config, repo: str, secret: bytes) -> str:
     """Answer a ping with the hooks that this secret speaks for."""
-    mine = [hook for hook in config.hooks_for(repo) or config.hooks if secret in hook.secrets]
+    hooks = config.hooks_for(repo) if repo else config.hooks.values()
+    mine = [hook for hook in hooks if secret in hook.secrets]
     if not repo:
         return f"pong: hooks for {', '.join(hook.section for hook in mine[:20]) or 'nothing yet'}"
-    patterns = ", ".join(hook.pattern for hook in mine if config.hooks_for(repo))
-    return f"pong: {repo} has {f'hooks for {patterns}' if patterns else 'no hook'}"
+    patterns = ", ".join(hook.pattern for hook in mine)
+    return f"pong: {repo} has {f'hooks for {patterns}' if mine else 'no hook'}"
 
 def push_json(push: Push) -> str:
-    """Write the payload of a push that GitHub did not send, in GitHub's shape."""
-    owner, _, name = push.repo.partition("/")
-    repo = {"full_name": push.repo, "name": name, "owner": {"login": owner}}
-    data: dict[str, Any] = {"repository": repo, "pusher": {"name": push.pusher}}
-    if push.event == "push":
-        data |= {"ref": push.ref, "before": "0" * 40, "after": push.commit or "0" * 40}
-        data |= {"commits": [], "deleted": push.deleted}
-    elif push.event == "workflow_run":
-        run = {"conclusion": "success", "event": "push", "head_repository": repo}
-        run |= {"head_branch": short_name(push.ref), "head_sha": push.commit}
-        data |= {"action": "completed", "workflow_run": run}
-    else:
-        data |= {"action": "published", "release": {"tag_name": short_name(push.ref)}}
-    return json.dumps(data)
+    """Write the payload of a push that GitHub did not send, in the shape of GitHub's."""
+    name, zeros = short_name(push.ref), "0" * 40
+    repo = {"full_name": push.repo, "name": push.repo.rpartition("/")[2]}
+    run = {"conclusion": "success", "event": "push", "head_branch": name,
+           "head_sha": push.commit, "head_repository": repo}
+    shapes: dict[str, dict[str, Any]] = {
+        "push": {"ref": push.ref, "before": zeros, "after": push.commit or zeros, "commits": [],
+                 "deleted": push.deleted},
+        "workflow_run": {"action": "completed", "workflow_run": run},
+        "release": {"action": "published", "release": {"tag_name": name}}}
+    return json.dumps({"repository": repo, "pusher": {"name": push.pusher}, **shapes.get(push.event, {})})
 
 # ======================================================================================== store
 # SQLite holds the queue and the history; this part touches the database and nothing else.
@@ -764,9 +715,9 @@ CREATE INDEX IF NOT EXISTS runs_of_target ON runs (target, state);
 CREATE INDEX IF NOT EXISTS runs_open ON runs (state) WHERE state IN ('queued', 'running');
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;"""
-RUNS = """SELECT t.hook, t.repo, t.ref, t.directory, t.last_good, t.last_state, r.id, r.state,
-    r.event, r.delivery, r.commit_id, r.before_id, r.pusher, r.deleted, r.attempts, r.pid, r.exit,
-    r.note FROM runs r JOIN targets t ON t.id = r.target """
+RUNS = """SELECT r.id, t.hook, t.repo, t.ref, t.directory, r.event, t.repo, t.ref, r.commit_id,
+    r.before_id, r.pusher, r.deleted, r.delivery, r.state, r.attempts, r.pid, r.exit, r.note,
+    t.last_good, t.last_state FROM runs r JOIN targets t ON t.id = r.target """
 STATUS_COLUMNS = ("repo", "ref", "hook", "directory", "run", "state", "event", "commit", "began",
                   "ended", "duration", "exit", "last_good", "deleted", "running", "waiting")
 STATUS = """SELECT t.repo, t.ref, t.hook, t.directory, r.id, r.state, r.event, r.commit_id, r.began,
@@ -786,6 +737,7 @@ class Store:
         self.db: sqlite3.Connection | None = None
 
     def connect(self) -> sqlite3.Connection:
+        """Return the connection, opened and its tables made if need be."""
         if self.db is None:
             db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             try:
@@ -794,12 +746,14 @@ class Store:
                 version = db.execute("PRAGMA user_version").fetchone()[0]
                 if version < SCHEMA_VERSION:
                     db.executescript(SCHEMA)
+            except sqlite3.OperationalError:
+                raise
             except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                raise ConfigError(f"{self.path}: {error}; move it away, hookd makes a new one") from None
+                remedy = "move it away, hookd makes a new one"
+                raise ConfigError(f"{self.path}: {error}; {remedy}") from None
             if version > SCHEMA_VERSION:
-                raise ConfigError(f"{self.path}: is of a newer hookd (user_version {version}); use that")
+                fault = f"is of a newer hookd (user_version {version})"
+                raise ConfigError(f"{self.path}: {fault}; use that one")
             self.db = db
         return self.db
 
@@ -824,12 +778,13 @@ class Store:
 
     def runs(self, where: str, *values: Any) -> list[Run]:
         """Return runs; `where` is SQL of ours, r for runs and t for targets."""
-        return [Run(Target(*row[:4]), *row[4:]) for row in self.execute(RUNS + where, *values)]
+        rows = self.execute(RUNS + where, *values)
+        return [Run(row[0], Target(*row[1:5]), Push(*row[5:12]), *row[12:]) for row in rows]
 
     def target_id(self, target: Target) -> int:
-        where = "WHERE hook = ? AND repo = ? AND ref = ? AND directory = ?"
-        found = self.execute(f"SELECT id FROM targets {where}", *target).fetchone()
+        sql = "SELECT id FROM targets WHERE hook = ? AND repo = ? AND ref = ? AND directory = ?"
         new = "INSERT INTO targets (hook, repo, ref, directory) VALUES (?, ?, ?, ?)"
+        found = self.execute(sql, *target).fetchone()
         return int(found[0] if found else self.execute(new, *target).lastrowid or 0)
 
     def add(self, key: int, push: Push, delivery: str, payload: str) -> int:
@@ -845,10 +800,10 @@ class Store:
         sql = "UPDATE targets SET newest = ?, pushed_at = max(pushed_at, ?) WHERE id = ?"
         self.execute(sql, push.commit, push.pushed_at, key)
 
-    def supersede(self, key: int, newest: int) -> list[int]:
-        """Let run `newest` stand for the target's others that wait; return their numbers."""
-        sql = "SELECT id FROM runs WHERE target = ? AND state = 'queued' AND id < ?"
-        waiting = [old for (old,) in self.execute(sql, key, newest).fetchall()]
+    def supersede(self, key: int) -> list[int]:
+        """Let the newest waiting run of a target stand for the others; return their numbers."""
+        sql = "SELECT id FROM runs WHERE target = ? AND state = 'queued' ORDER BY id"
+        *waiting, newest = [run for (run,) in self.execute(sql, key).fetchall()] or [0]
         for old in waiting:
             self.dismiss(old, "superseded", f"by run {newest}")
         return waiting
@@ -874,15 +829,6 @@ class Store:
         return self.runs("""WHERE r.id IN (SELECT min(id) FROM runs WHERE state = 'queued'
             GROUP BY target) ORDER BY r.id""")
 
-    def newest_waiting(self, key: int) -> int:
-        sql = "SELECT max(id) FROM runs WHERE target = ? AND state = 'queued'"
-        return int(self.execute(sql, key).fetchone()[0] or 0)
-
-    def repos(self, hook: str) -> list[str]:
-        """Return the repositories that a hook has had to do with."""
-        sql = "SELECT DISTINCT repo FROM targets WHERE hook = ?"
-        return [repo for (repo,) in self.execute(sql, hook)]
-
     def begin(self, run: int, pid: int = 0) -> str:
         """Mark a run as running and return its payload; a foreground run has a pid."""
         sql = """UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?
@@ -890,24 +836,24 @@ class Store:
         self.execute(sql, time.time(), pid, run)
         return str(self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()[0] or "{}")
 
-    def finish(self, run: Run, outcome: Outcome, commit: str, duration: float) -> None:
+    def finish(self, run: int, outcome: Outcome, commit: str, duration: float) -> None:
         """Record how a run ended."""
         self.execute(
             """UPDATE runs SET state = ?1, exit = ?2, note = ?3, commit_id = ?4, ended = ?5,
             duration = ?6, payload = CASE ?1 WHEN 'interrupted' THEN payload END
-            WHERE id = ?7""", *outcome, commit, time.time(), duration, run.id)
+            WHERE id = ?7""", *outcome, commit, time.time(), duration, run)
         self.execute(
             """UPDATE targets SET newest = ?1, last_run = ?2, last_state = ?3,
             last_good = CASE ?3 WHEN 'ok' THEN ?1 ELSE last_good END
-            WHERE id = (SELECT target FROM runs WHERE id = ?2)""", commit, run.id, outcome.state)
+            WHERE id = (SELECT target FROM runs WHERE id = ?2)""", commit, run, outcome.state)
 
-    def prune(self, target: Target, keep: int) -> list[int]:
+    def prune(self, key: int, keep: int) -> list[int]:
         """Forget all but the newest finished runs of a target; return those that had begun."""
         rows = []
         for kind in ("= 'superseded'", "NOT IN ('superseded', 'queued', 'running')"):
             sql = f"""SELECT id, began FROM runs WHERE target = ? AND state {kind}
                 ORDER BY id DESC LIMIT -1 OFFSET ?"""
-            rows += self.execute(sql, self.target_id(target), keep).fetchall()
+            rows += self.execute(sql, key, keep).fetchall()
         for run, _ in rows:
             self.execute("DELETE FROM runs WHERE id = ?", run)
         return [run for run, began in rows if began]
@@ -920,7 +866,8 @@ class Store:
     def requeue(self, run: Run) -> bool:
         """Queue a run that was cut off again; False where it had its second chance."""
         again = run.attempts < 2 and not run.pid
-        self.finish(run, Outcome("interrupted", 1, "" if again else "cut off twice"), run.commit, 0.0)
+        end = Outcome("interrupted", 1, "" if again else "cut off twice")
+        self.finish(run.id, end, run.push.commit, 0.0)
         sql = "UPDATE runs SET state = ?, attempts = 2 - ? WHERE id = ?"
         self.execute(sql, "queued" if again else "interrupted", again, run.id)
         return again
@@ -1030,7 +977,8 @@ class Job:
 
     def __init__(self, run: Run, hook: Hook, state: str, locks: list[int]) -> None:
         self.run, self.hook, self.state, self.locks = run, hook, state, locks
-        self.commit, self.recent = run.commit, b""  # the last of the output
+        self.commit, self.directory = run.push.commit, run.target.directory
+        self.recent = b""  # the last of the output
         self.verdict = self.why = ""  # how the run is to end, where it does not by itself
         self.echo: Callable[[bytes], None] | None = None
 
@@ -1042,6 +990,7 @@ class Job:
     def perform(self, payload: str) -> Outcome:
         """Do all that the hook says; an error of the system is an Outcome too."""
         files = [run_file(self.state, self.run.id, n) for n in ("", "payload.json", "output.log")]
+        began = time.monotonic()
         try:
             os.makedirs(files[0], 0o700, exist_ok=True)
             with open(files[1], "w", encoding="utf-8", opener=private) as file:
@@ -1049,7 +998,6 @@ class Job:
             self.output = Output(files[2], self.echo)
         except OSError as error:
             return Outcome("failed", 1, str(error))
-        began = time.monotonic()
         try:
             outcome = self.deploy(began + self.hook.timeout)
             if outcome.note:
@@ -1066,14 +1014,12 @@ class Job:
 
     def deploy(self, deadline: float) -> Outcome:
         """Make the directory the newest commit, where git is set, and run the command in it."""
+        deleted = self.run.push.deleted
+        script = self.hook.on_delete if deleted else self.hook.command
         try:
-            os.makedirs(self.run.target.directory, exist_ok=True)
-            if self.hook.git and not self.run.deleted:
-                trouble = check_out(self, deadline)
-                if trouble:
-                    return trouble
-            script = self.hook.on_delete if self.run.deleted else self.hook.command
-            return self.outcome(self.script(script, deadline) if script else 0)
+            os.makedirs(self.directory, exist_ok=True)
+            trouble = check_out(self, deadline) if self.hook.git and not deleted else None
+            return trouble or self.outcome(self.script(script, deadline) if script else 0)
         except OSError as error:
             return Outcome("failed", 1, advice(str(error)) or str(error))
 
@@ -1086,37 +1032,33 @@ class Job:
     def afterwards(self, outcome: Outcome, duration: float) -> None:
         """Run on_success or on_failure; if that fails it is told and changes nothing."""
         name = "on_success" if outcome.state == "ok" else "on_failure"
-        script = getattr(self.hook, name)
-        if not script:
-            return
-        self.verdict = failure = ""
         facts = {"STATE": outcome.state, "EXIT": outcome.exit, "DURATION": round(duration),
                  "LOG": run_file(self.state, self.run.id, "output.log"),
                  "PREVIOUS_STATE": self.run.last_state}
+        self.verdict = ""
         try:
-            code = self.script(script, time.monotonic() + self.hook.timeout, facts)
+            script, deadline = getattr(self.hook, name), time.monotonic() + self.hook.timeout
+            code = self.script(script, deadline, facts) if script else 0
             failure = self.verdict or (f"exit {code}" if code else "")
         except OSError as error:
             failure = str(error)
         if failure:
             self.say(f"{name} failed: {failure}")
-            log.warning("%s of run %d failed: %s: %s", name, self.run.id, failure, self.run)
+            log.warning("%s of run %d failed: %s: %s", name, self.run.id, failure, self.run.push)
 
     def script(self, text: str, deadline: float, facts: Mapping[str, Any] | None = None) -> int:
-        directory = self.run.target.directory
-        cwd = directory if os.path.isdir(directory) else "/"  # on_delete may have removed it
+        cwd = self.directory if os.path.isdir(self.directory) else "/"  # on_delete removed it
         arguments = ["/bin/sh", "-e", "-c", text, "hookd"]
         return self.child(arguments, self.environment(facts or {}), cwd, deadline)
 
     def environment(self, facts: Mapping[str, Any]) -> dict[bytes, bytes]:
         """Return what a child finds: hookd's own without private names, the hook's, HOOKD_*."""
-        run, branch = self.run, short_name(self.run.target.ref)
+        run, push, branch = self.run, self.run.push, short_name(self.run.push.ref)
         facts = {
-            "EVENT": run.event, "REPO": run.target.repo, "REF": run.target.ref, "BRANCH": branch,
-            "SLUG": slug(branch), "COMMIT": self.commit, "BEFORE": run.before,
-            "PUSHER": run.pusher, "DELIVERY": run.delivery, "RUN": run.id,
-            "PAYLOAD": run_file(self.state, run.id, "payload.json"), "LAST_GOOD": run.last_good,
-            **facts}
+            "EVENT": push.event, "REPO": push.repo, "REF": push.ref, "BRANCH": branch,
+            "SLUG": slug(branch), "COMMIT": self.commit, "BEFORE": push.before, "RUN": run.id,
+            "PUSHER": push.pusher, "DELIVERY": run.delivery, "LAST_GOOD": run.last_good,
+            "PAYLOAD": run_file(self.state, run.id, "payload.json"), **facts}
         own = {f"HOOKD_{name}".encode(): variable(str(fact)) for name, fact in facts.items()}
         return base_environment(self.hook) | own
 
@@ -1201,36 +1143,34 @@ def check_out(job: Job, deadline: float) -> Outcome | None:
     Tracked files become the commit's; untracked and ignored ones stay. HEAD is detached, so that
     branches like `a` and `a/b` can share a working copy.
     """
-    directory, url = job.run.target.directory, fill(job.hook.git, job.run.target.repo, "")
+    directory, url = job.directory, fill(job.hook.git, job.run.push.repo, "")
     environ = job.environment({}) | git_environment(job.hook, job.state)
-    inside, config = os.listdir(directory), os.path.join(directory, ".git", "config")
+    inside, git = os.listdir(directory), os.path.join(directory, ".git")
     if inside and ".git" not in inside:
-        return Outcome("failed", 1, f"{directory} is not empty and no git repository; empty it, or "
-                                    "set another directory")
-    have = ask_git(["config", "--file", config, "remote.origin.url"], environ)[1].strip()
+        remedy = "empty it, or set another directory"
+        return Outcome("failed", 1, f"{directory} is not empty and no git repository; {remedy}")
+    have = ask_git(["config", "--file", f"{git}/config", "remote.origin.url"], environ)[1].strip()
     if have != url and (have or inside not in ([], [".git"])):
         remedy = shlex.join(["git", "-C", directory, "remote", "set-url", "origin", url])
-        return Outcome("failed", 1, f"{directory} is a clone of {have or 'nothing'}, not of {url}; "
-                                    f"if it may become one: {remedy}")
-    break_locks(directory)
+        fault = f"{directory} is a clone of {have or 'nothing'}, not of {url}"
+        return Outcome("failed", 1, f"{fault}; if it may become one: {remedy}")
+    break_locks(git)
     steps = [] if have else [["init", "-q"], ["config", "remote.origin.url", url]]
     steps += [["fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no", "origin",
-               job.run.target.ref], ["checkout", "-q", "--force", "--detach", "FETCH_HEAD"]]
-    modules = [["submodule", "-q", "sync", "--recursive"],
-               ["submodule", "-q", "update", "--init", "--recursive", "--force"]]
+               job.run.push.ref], ["checkout", "-q", "--force", "--detach", "FETCH_HEAD"]]
     while steps:
         step = steps.pop(0)
         # A gc that detaches would leave the run's process group and work on without its lock.
         code = job.child(["git", "-c", "gc.autoDetach=false", *step], environ, directory, deadline)
-        index = os.path.join(directory, ".git", "index")
-        if code and b"index file" in job.output.recent and os.path.exists(index):
-            os.unlink(index)  # cut short by a crash: git makes it anew
+        if code and b"index file" in job.output.recent and os.path.exists(f"{git}/index"):
+            os.unlink(f"{git}/index")  # cut short by a crash: git makes it anew
             steps.insert(0, step)
         elif code or job.verdict:
             words = job.output.recent.decode("utf-8", "replace")
             return job.outcome(code or 1, advice(words) or f"git {step[0]} failed")
         elif step[0] == "checkout" and os.path.exists(os.path.join(directory, ".gitmodules")):
-            steps += modules
+            steps += [["submodule", "-q", "sync", "--recursive"],
+                      ["submodule", "-q", "update", "--init", "--recursive", "--force"]]
     job.commit = ask_git(["rev-parse", "HEAD"], environ, directory)[1].strip()
     return None
 
@@ -1257,9 +1197,9 @@ def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str =
         errors += b"\nno answer in time"
     return child.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
-def break_locks(directory: str) -> None:
+def break_locks(git: str) -> None:
     """Remove the lock files of a killed git: under our lock, nobody else works here."""
-    for folder, folders, files in os.walk(os.path.join(directory, ".git")):
+    for folder, folders, files in os.walk(git):
         folders[:] = [name for name in folders if name not in ("objects", "lfs")]
         for name in files:
             if name.endswith(".lock"):
@@ -1592,39 +1532,34 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
             found.setdefault(name, []).append(socket.socket(fileno=3 + place))
     return found
 
-def listens_on(sock: socket.socket, wanted: Address) -> bool:
-    """Tell whether a socket is what `listen` asks for, and still reachable by its name."""
-    name = sock.getsockname()
-    if isinstance(name, str):
-        return wanted == Address(name) and os.path.exists(name)
-    found = socket.getaddrinfo(wanted.host, None) if wanted.port in (0, name[1]) else []
-    return any(address[0] == name[0] for *_, address in found)
-
-def open_socket(wanted: Address) -> socket.socket:
+def open_socket(wanted: str) -> socket.socket:
     """Bind and listen; raise OSError. A unix socket that a killed hookd left is replaced."""
-    name: Any = wanted.host
+    host, _, port = wanted.rpartition(":")
     try:
-        if wanted.port >= 0:
-            family, *_, name = socket.getaddrinfo(name, wanted.port, type=socket.SOCK_STREAM)[0]
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        else:
-            sock = socket.socket(socket.AF_UNIX)
+        if host == "unix":
+            sock, name = socket.socket(socket.AF_UNIX), port  # type: socket.socket, Any
             with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
                 if probe.connect_ex(name) == errno.ECONNREFUSED:
                     os.unlink(name)
+        else:
+            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            family, *_, name = found[0]
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(name)
     except OSError as error:
         remedy = "stop who has it, or change listen"
         raise OSError(f"cannot listen on {wanted}: {error.strerror}; {remedy}") from None
-    if wanted.port < 0:
+    if host == "unix":
         os.chmod(name, 0o666)  # as open as 127.0.0.1 is; the signature is the guard
     sock.listen(4096)  # enough of a queue for a restart
     return sock
 
-def bound_address(sock: socket.socket) -> Address:
+def bound_address(sock: socket.socket) -> str:
     name = sock.getsockname()
-    return Address(name) if isinstance(name, str) else Address(name[0], name[1])
+    if isinstance(name, str):
+        return f"unix:{name}"
+    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
     """Return what serves tls_cert, None without; raise OSError."""
@@ -1663,7 +1598,8 @@ class Daemon:
         self.noise, self.remotes = Noise(), Remotes(self)
         usec = os.environ.get("WATCHDOG_USEC", "")
         self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)
-        self.told, self.given = "", False  # the STATUS= line; whether a .socket unit gave sockets
+        self.told = self.stored = ""  # the STATUS= line; the stored socket's name
+        self.given = False  # whether a .socket unit gave us sockets
         ear, self.waker = socket.socketpair()
         ear.setblocking(False)
         self.waker.setblocking(False)
@@ -1755,8 +1691,9 @@ class Daemon:
             with self.store.transaction():
                 self.recover()
                 for job, outcome, duration in ended:
-                    self.store.finish(job.run, outcome, job.commit, duration)
-                    for old in self.store.prune(job.run.target, self.config.keep):
+                    self.store.finish(job.run.id, outcome, job.commit, duration)
+                    key = self.store.target_id(job.run.target)
+                    for old in self.store.prune(key, self.config.keep):
                         forget(self.config.state, old)
                 answers = [self.enqueue(*pair) for pair in accepted]
                 for hook, push in found:
@@ -1791,28 +1728,27 @@ class Daemon:
         # With git, whatever comes late deploys the newest commit all the same.
         guarded = hook.queue != "every" and (push.deleted or not hook.git)
         if guarded and self.store.is_late(key, push):
-            return 200, f"ignored: {push} had a newer push already"
+            return 200, f"ignored: {push.place} had a newer push already"
         if decision.status != 202:
             self.store.consider(key, push)
             return decision.status, decision.text
         number = self.store.add(key, push, delivery_id(arrival), decision.payload)
-        replaced = self.store.supersede(key, number) if hook.queue != "every" else []
+        replaced = self.store.supersede(key) if hook.queue != "every" else []
         running = [job for job in self.jobs.values() if job.run.target == target]
         if hook.queue != "every" and (running or target in self.calm):
             self.calm[target] = (self.calm.get(target, (now, now))[0], now)
         for job in running if hook.queue == "replace" else ():
             job.end("cancelled", f"by run {number}")
             replaced.append(job.run.id)
-        at = " (deleted)" if push.deleted else f" at {push.commit[:7]}" if push.commit else ""
         place = "".join(f", in place of run {old}" for old in replaced)
-        return 202, f"queued run {number}: {push}{at}{place}"
+        return 202, f"queued run {number}: {push}{place}"
 
     def catch_up(self, hook: Hook, push: Push) -> None:
         """Queue a branch's newest commit, if no run ever took it."""
         key = self.store.target_id(hook.target(push))
         if self.store.is_news(key, push.commit):
             number = self.store.add(key, push, "catch-up", push_json(push))
-            log.info("queued run %d: %s at %s, found by catch-up", number, push, push.commit[:7])
+            log.info("queued run %d: %s, found by catch-up", number, push)
 
     # ---- runs
 
@@ -1824,18 +1760,17 @@ class Daemon:
         elif self.recovered and self.cut:
             for run in self.cut:
                 again = "runs again" if self.store.requeue(run) else "stays so"
-                log.warning("run %d was interrupted and %s: %s", run.id, again, run)
-                hook, key = self.config.by_section.get(run.target.hook), self.store.target_id(run.target)
-                newest = self.store.newest_waiting(key)
-                if newest and hook and hook.queue != "every":
-                    self.store.supersede(key, newest)
+                log.warning("run %d was interrupted and %s: %s", run.id, again, run.push)
+                hook = self.config.hooks.get(run.target.hook)
+                if hook and hook.queue != "every":
+                    self.store.supersede(self.store.target_id(run.target))
             self.cut = []
 
     def clean_up(self, cut: Sequence[Run]) -> None:
         """End what a killed hookd left running: the root of a thread."""
         for run in cut:
             if end_survivors(self.config.state, run.id):
-                log.warning("run %d had outlived hookd and was ended: %s", run.id, run)
+                log.warning("run %d had outlived hookd and was ended: %s", run.id, run.push)
         self.recovered = True
         self.wake()
 
@@ -1846,7 +1781,7 @@ class Daemon:
         if self.stop_at != NEVER or not self.recovered or len(busy) >= self.config.jobs:
             return
         for run in self.store.waiting():
-            hook = self.config.by_section.get(run.target.hook)
+            hook = self.config.hooks.get(run.target.hook)
             if hook is None:
                 self.store.dismiss(run.id, "cancelled", "hookd.ini has no such hook any more")
             elif run.target not in busy and len(busy) + len(begun) < self.config.jobs:
@@ -1866,7 +1801,7 @@ class Daemon:
     def work(self, job: Job, payload: str) -> None:
         """Carry out a run: the root of its thread."""
         run, began = job.run, time.monotonic()
-        log.info("run %d began: %s delivery=%s", run.id, run, run.delivery)
+        log.info("run %d began: %s delivery=%s", run.id, run.push, run.delivery)
         try:
             outcome = job.perform(payload)
         except Exception:
@@ -1889,22 +1824,26 @@ class Daemon:
         with contextlib.suppress(OSError), open(f"{config.state}/address", "w") as file:
             file.write(str(bound_address(listeners[0])))
 
-    def listeners(self, wanted: Address, passed: Mapping[str, list[socket.socket]],
+    def listeners(self, wanted: str, passed: Mapping[str, list[socket.socket]],
                   ) -> list[socket.socket]:
         """Return a .socket unit's sockets, else the one we have or stored, else a new one."""
-        stored, old = passed.get("hookd", []), self.server.listeners
-        given = [sock for name in passed if name != "hookd" for sock in passed[name]]
+        name = f"hookd-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
+        stored = [sock for one in passed if one.startswith("hookd-") for sock in passed[one]]
+        given = [sock for one in passed.values() for sock in one if sock not in stored]
         self.given = self.given or bool(given)
-        if given or (old and (self.given or self.config.listen == wanted)):
-            return given or old
-        fit = [sock for sock in stored if listens_on(sock, wanted)][:1]
-        if not fit:
-            fit = [open_socket(wanted)]
-            notify("FDSTOREREMOVE=1\nFDNAME=hookd")
-            notify("FDSTORE=1\nFDNAME=hookd", fit[0].fileno())
+        if given or (self.server.listeners and (self.given or self.config.listen == wanted)):
+            return given or self.server.listeners
+        gone = wanted.startswith("unix:") and not os.path.exists(wanted[5:])
+        fit = [] if gone else passed.get(name, [])[:1]
         for sock in stored:
             if sock not in fit:
                 sock.close()
+        if not fit:
+            fit = [open_socket(wanted)]
+            for old in [*passed, self.stored]:
+                notify(f"FDSTOREREMOVE=1\nFDNAME={old}")
+            notify(f"FDSTORE=1\nFDNAME={name}", fit[0].fileno())
+        self.stored = name
         return fit
 
     def obey(self, number: int) -> None:
@@ -1942,9 +1881,9 @@ class Daemon:
         self.stop_at = time.monotonic() + PART_SECONDS
         while self.server.connections and time.monotonic() < self.stop_at:
             self.turn()
-        if self.config.listen.port < 0 and not os.environ.get("NOTIFY_SOCKET"):
+        if self.config.listen.startswith("unix:") and not os.environ.get("NOTIFY_SOCKET"):
             with contextlib.suppress(OSError):
-                os.unlink(self.config.listen.host)
+                os.unlink(self.config.listen[5:])
         for sock in listeners:
             sock.close()
         self.store.close()
@@ -1968,14 +1907,16 @@ class Remotes:
     def start(self) -> None:
         """Ask those whose time has come, in a thread of their own."""
         now, repos = time.monotonic(), {}
-        hooks = [hook for hook in self.daemon.config.hooks
+        hooks = [hook for hook in self.daemon.config.hooks.values()
                  if hook.git and hook.catch_up and hook.event == "push"]
         due = [hook for hook in hooks if self.next.get(hook.section, 0.0) <= now]
         self.next = {hook.section: self.next.get(hook.section, 0.0) for hook in hooks}
         self.next.update((hook.section, now + hook.catch_up) for hook in due)
         for hook in due:
             if hook.repo.endswith("/*"):  # those that hookd has heard of
-                repos[hook.section] = self.daemon.store.repos(hook.section)
+                sql = "SELECT DISTINCT repo FROM targets WHERE hook = ?"
+                rows = self.daemon.store.execute(sql, hook.section)
+                repos[hook.section] = [repo for (repo,) in rows]
         self.at = NEVER  # until the thread is through
         threading.Thread(target=self.ask, args=(due, repos), daemon=True).start()
 
@@ -2016,7 +1957,7 @@ def report(job: Job, outcome: Outcome, duration: float) -> None:
     run, note = job.run, f" ({outcome.note})" if outcome.note else ""
     level = logging.INFO if outcome.state == "ok" else logging.WARNING
     log.log(level, "run %d %s%s: %s exit=%d seconds=%.1f delivery=%s", run.id, outcome.state, note,
-            run, outcome.exit, duration, run.delivery)
+            run.push, outcome.exit, duration, run.delivery)
     if outcome.state in ("failed", "timeout"):
         for line in job.recent.decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
             log.warning("run %d said: %s", run.id, line)
@@ -2119,19 +2060,19 @@ def daemon_pid(config: Config) -> int:
                 return int(file.read().split()[1])
     return 0
 
-def daemon_address(config: Config) -> Address | None:
-    """Return where the running hookd noted that it listens, None where there is none."""
-    with contextlib.suppress(OSError, ValueError), open(f"{config.state}/address") as file:
-        noted: Address = address(file.read())
-        return noted if daemon_pid(config) else None
-    return None
+def daemon_address(config: Config) -> str:
+    """Return where the hookd that serves this state noted that it listens, else `listen`."""
+    with contextlib.suppress(OSError), open(f"{config.state}/address") as file:
+        return file.read() or config.listen
+    return config.listen
 
 def check(config: Config, options: argparse.Namespace) -> int:
     """the ini and what it names: every problem, then a table of the hooks"""
     problems = list(examine(config, options))
     for problem in problems:
         print(f"{config.place}: {escape(problem)}", file=sys.stderr)
-    table(["HOOK", "EVENT", "DIRECTORY"], [[h.section, h.event, h.directory] for h in config.hooks])
+    rows = [[hook.section, hook.event, hook.directory] for hook in config.hooks.values()]
+    table(["HOOK", "EVENT", "DIRECTORY"], rows)
     return 78 if problems else 0
 
 def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
@@ -2143,8 +2084,9 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
     for section, key, name in [*files, ("hookd", "secret_file", f"{config.state}/secret")]:
         if everybody_reads(os.path.abspath(name)):
             yield f"[{section}] {key}: every user can read {name}; chmod o-r {name}"
-    for place, hook in enumerate(config.hooks):
-        for problem in examine_hook(config, hook, config.hooks[:place]):
+    hooks = list(config.hooks.values())
+    for place, hook in enumerate(hooks):
+        for problem in examine_hook(config, hook, hooks[:place]):
             yield f"[{hook.section}] {problem}"
         if options.online and hook.git and not hook.repo.endswith("*"):
             try:
@@ -2153,7 +2095,8 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
                 yield f"[{hook.section}] git: {error}"
     try:
         tls_context(config)
-        if config.listen.port > 0 and str(config.listen) != str(daemon_address(config)):
+        served = daemon_pid(config) and daemon_address(config)
+        if not config.listen.startswith("unix:") and config.listen != served:
             open_socket(config.listen).close()
     except OSError as error:
         yield f"[hookd] {'tls_cert' if 'tls' in str(error) else 'listen'}: {error}"
@@ -2236,7 +2179,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
         signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
     outcome = job.perform(payload)
     with store.transaction():
-        store.finish(row, outcome, job.commit, time.monotonic() - began)
+        store.finish(number, outcome, job.commit, time.monotonic() - began)
     free_locks(locks)
     return outcome.exit
 
@@ -2272,16 +2215,17 @@ def send(config: Config, options: argparse.Namespace) -> int:
 
 def post(config: Config, body: bytes, fields: Sequence[str]) -> tuple[int, str]:
     """POST to the running daemon, at the address that it noted; return status and text."""
-    where = daemon_address(config) or config.listen
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where.host, where.host)
+    where = daemon_address(config)
+    host, _, port = where.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
     head = [f"POST {config.path} HTTP/1.1", "Host: localhost", "Connection: close", *fields]
     head += [f"Content-Length: {len(body)}", "", ""]
     try:
-        if where.port < 0:
+        if host == "unix":
             sock = socket.socket(socket.AF_UNIX)
-            sock.connect(host)
+            sock.connect(port)
         else:
-            sock = socket.create_connection((host, where.port), REQUEST_SECONDS)
+            sock = socket.create_connection((host, int(port)), REQUEST_SECONDS)
         if config.tls_cert:
             import ssl
             sock = ssl._create_unverified_context().wrap_socket(sock)  # it is ourselves
@@ -2322,7 +2266,7 @@ def status(config: Config, options: argparse.Namespace) -> int:
     for row in Store(config.state).execute(STATUS) if has_history(config) else ():
         facts = dict(zip(STATUS_COLUMNS, row))
         deleted, open_runs = facts.pop("deleted"), facts["running"] or facts["waiting"]
-        gone = facts["hook"] not in config.by_section or (deleted and facts["state"] == "ok")
+        gone = facts["hook"] not in config.hooks or (deleted and facts["state"] == "ok")
         if open_runs or (facts["run"] and not gone):
             facts["waiting"] = [int(n) for n in (facts["waiting"] or "").split(",") if n]
             found.append({**facts, "branch": short_name(facts["ref"])})
