@@ -20,9 +20,29 @@ Exit status: 0 done; 1 failed; 2 wrong usage; 78 the ini or the state needs mend
 
 from __future__ import annotations
 
-import configparser, contextlib, errno, fcntl, hashlib, hmac, json, logging, logging.handlers
-import os, pwd, re, resource, select, selectors, shlex, signal, socket, sqlite3, subprocess, sys
-import threading, time
+import configparser
+import contextlib
+import errno
+import fcntl
+import hashlib
+import hmac
+import json
+import logging
+import logging.handlers
+import os
+import pwd
+import re
+import resource
+import select
+import selectors
+import shlex
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -32,7 +52,8 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 if TYPE_CHECKING:
-    import argparse, ssl
+    import argparse
+    import ssl
 
 VERSION = "1.0"
 NEVER = float("inf")
@@ -53,8 +74,10 @@ TOLD_LINES = 10  # of a failed run's output, in the log
 
 log = logging.getLogger("hookd")
 
+
 # ======================================================================================= errors
 # One class for each audience. Anything else that is raised is our bug.
+
 
 class ConfigError(Exception):
     """Tell the administrator every problem at once; `main` prints them and exits 78."""
@@ -63,6 +86,7 @@ class ConfigError(Exception):
         super().__init__("\n".join(problems))
         self.problems = problems
 
+
 class Refusal(Exception):
     """Tell the sender no: an HTTP status and one line with nothing in it that the sender wrote."""
 
@@ -70,8 +94,10 @@ class Refusal(Exception):
         super().__init__(reason)
         self.status, self.reason = status, reason
 
+
 # ======================================================================================= values
 # Frozen, complete and valid when built. Secrets never show in a repr.
+
 
 class Request(NamedTuple):
     """Hold the head of an HTTP request; field names in lower case, values as latin-1 text."""
@@ -81,6 +107,7 @@ class Request(NamedTuple):
     fields: Mapping[str, str]
     length: int
     keep_alive: bool
+
 
 class Push(NamedTuple):
     """Hold what one event says of one ref; a deletion has no commit."""
@@ -102,6 +129,7 @@ class Push(NamedTuple):
         at = f" at {self.commit[:7]}" if self.commit else " (deleted)" if self.deleted else ""
         return self.place + at
 
+
 class Target(NamedTuple):
     """Name what a hook resolves to for one ref: the unit of queue and history."""
 
@@ -110,6 +138,7 @@ class Target(NamedTuple):
     ref: str
     directory: str
 
+
 class Decision(NamedTuple):
     """Hold what judgement made of a signed delivery; with 202 it is to be queued."""
 
@@ -117,7 +146,8 @@ class Decision(NamedTuple):
     text: str
     hook: Any = None  # Hook
     push: Push | None = None
-    payload: str = ""
+    payload: bytes | bytearray = b""
+
 
 class Run(NamedTuple):
     """Hold a row of the history: what is to be done, where, for whom."""
@@ -134,6 +164,7 @@ class Run(NamedTuple):
     last_good: str  # commit of the target's last run that ended ok
     last_state: str  # of the target's last run
 
+
 class Outcome(NamedTuple):
     """Hold how a run ended: state, exit status and, for a person, why."""
 
@@ -141,8 +172,10 @@ class Outcome(NamedTuple):
     exit: int
     note: str = ""
 
+
 def short_name(ref: str) -> str:
     return re.sub(r"^refs/(heads|tags)/", "", ref, count=1)
+
 
 def slug(branch: str) -> str:
     """Spell a branch as a DNS label that no other branch shares.
@@ -155,11 +188,13 @@ def slug(branch: str) -> str:
     digest = hashlib.sha256(branch.encode()).hexdigest()[:8]
     return f"{label[:54].rstrip('-')}-{digest}".lstrip("-")
 
+
 def fill(template: str, repo: str, branch: str) -> str:
     """Replace {repo} {owner} {name} {branch} {slug}; all five have been checked before."""
     owner, _, name = repo.partition("/")
     values = {"repo": repo, "owner": owner, "name": name, "branch": branch, "slug": slug(branch)}
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
 
 def escape(text: str) -> str:
     """Make strangers' text fit for a log line or a terminal: what is not printable is spelled."""
@@ -167,6 +202,7 @@ def escape(text: str) -> str:
         return text
     spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(spelled)
+
 
 # ================================================================================ configuration
 # Text to values. Each key of the ini is a field of Hook or Config with its default and a parser,
@@ -179,6 +215,7 @@ REPOSITORY = re.compile(r"(?!\.\.?/)[\w.-]{1,100}/(?:(?!\.\.?$)[\w.-]{1,100}|\*)
 PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6(?:[0-4][0-9]{3}|5(?:[0-4][0-9]{2}|5(?:[0-2][0-9]|3[0-5]))))"
 WORK = "work/{repo}/{slug}"
 
+
 def form(pattern: str, convert: Parser, what: str) -> Parser:
     """Make a parser of text that has one form, which `what` names with an example."""
     def parse(text: str) -> Any:
@@ -187,14 +224,18 @@ def form(pattern: str, convert: Parser, what: str) -> Parser:
         return convert(text)
     return parse
 
+
 def one_of(*words: str) -> Parser:
     return form("|".join(words), str, f"one of {', '.join(words)}; write one of these")
+
 
 def quantity(text: str) -> int:
     return 0 if text == "no" else int(text.rstrip("smhdKMG")) * UNITS.get(text[-1], 1)
 
+
 def lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
+
 
 def networks(text: str) -> tuple[Any, ...]:
     if not text:
@@ -205,12 +246,14 @@ def networks(text: str) -> tuple[Any, ...]:
     except ValueError as error:
         raise ValueError(f"{error}; write networks like 192.30.252.0/22 2a0a:a440::/29") from None
 
+
 def variables(text: str) -> tuple[tuple[str, str], ...]:
     pairs = [line.partition("=") for line in lines(text)]
     for name, equals, _ in pairs:
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{name!r} is no variable; write lines NAME=value")
     return tuple((name, value) for name, _, value in pairs)
+
 
 def template(*known: str) -> Parser:
     def parse(text: str) -> str:
@@ -219,6 +262,7 @@ def template(*known: str) -> Parser:
                 raise ValueError(f"{word} is not known here; use {' '.join(known)}")
         return text
     return parse
+
 
 A_DURATION = "a duration; write it like 90s, 15m, 2h or 1d"
 count = form("0*[1-9][0-9]{0,8}", int, "a number from 1 up; write it like 2")
@@ -233,8 +277,10 @@ url_path = form(r'/[!-"$->@-~]*', str, "a URL path; begin with / and use no spac
 of_repo = template("{repo}", "{owner}", "{name}")
 of_branch = template("{repo}", "{owner}", "{name}", "{branch}", "{slug}")
 
+
 def key(default: str, parse: Parser, secret: bool = False) -> Any:
     return field(repr=not secret, metadata={"default": default, "parse": parse})
+
 
 @dataclass(frozen=True)
 class Hook:
@@ -276,6 +322,7 @@ class Hook:
         directory = fill(self.directory, push.repo, short_name(push.ref))
         return Target(self.section, push.repo, push.ref, directory)
 
+
 @dataclass(frozen=True)
 class Config:
     """Hold the whole ini, hooks by section; `secrets` speak for repositories that have no hook."""
@@ -308,6 +355,7 @@ class Config:
             self.by_repo[names[0]] = mine
         return self.by_repo[names[0]]
 
+
 DAEMON_KEYS = {f.name: f.metadata for f in fields(Config) if f.metadata}
 HOOK_KEYS = {f.name: f.metadata for f in fields(Hook) if f.metadata}
 SECRETS = ("secret", "secret_file")
@@ -315,8 +363,10 @@ KEYS = {name: data["default"] for name, data in {**DAEMON_KEYS, **HOOK_KEYS}.ite
 KEYS |= dict.fromkeys(SECRETS, "")
 FILES = ("state", "tls_cert", "tls_key", "deploy_key", "directory")
 
+
 class IniParser(configparser.RawConfigParser):
     SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as from Python 3.11 on: [octo/site v[0-9]]
+
 
 class Ini:
     """Read an ini's text into a Config; callers call `config`, once.
@@ -440,6 +490,7 @@ class Ini:
         values["directory"] = values["directory"] or f"{self.state}/{WORK}"
         return Hook(section, repo, pattern, self.secrets(levels), **values)
 
+
 # ==================================================================================== judgement
 # Bytes and values in, a value or a Refusal out. Nothing here opens a file, a socket or a clock.
 
@@ -458,6 +509,7 @@ REF = re.compile(
     r"refs/(?:heads|tags)(?!.*(?://|\.\.|@\{|\.lock(?:/|$)|[/.]$))"
     r"(?:/[^\x00-\x20\x7f~^:?*\[\\/.\ud800-\udfff][^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]*)+")
 
+
 def check_start(start: bytes) -> None:
     """Refuse a head, whole or not, once it can only end badly."""
     line, newline, _ = start.partition(b"\n")
@@ -468,6 +520,7 @@ def check_start(start: bytes) -> None:
     good = REQUEST_LINE.fullmatch(line[:-1]) if newline and line.endswith(b"\r") else not newline
     if not good or not start[:1].isalpha():
         raise Refusal(400, "not HTTP/1.1 (TLS on a plain port?)")
+
 
 def read_head(head: bytes) -> Request:
     """Read a head up to its empty line, strictly (RFC 9112): one form, no repair."""
@@ -490,6 +543,7 @@ def read_head(head: bytes) -> Request:
     keep_alive = "close" not in connection if new else connection == "keep-alive"
     return Request(method, target, fields, body_length(method, fields), keep_alive)
 
+
 def body_length(method: str, fields: Mapping[str, str]) -> int:
     """Return how many bytes follow a head; what could be framed in two ways is refused."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
@@ -503,7 +557,8 @@ def body_length(method: str, fields: Mapping[str, str]) -> int:
         length = "0"
     if not re.fullmatch("[0-9]+", length):
         raise Refusal(400, "Content-Length is no number")
-    return int(length) if len(length) < 16 else 10**16  # int() itself refuses thousands of digits
+    return int(length) if len(length) < 16 else 10**16  # int() would refuse thousands of digits
+
 
 def check_head(config: Config, request: Request, client: str) -> None:
     """Refuse what its head alone condemns, before the body is read."""
@@ -528,6 +583,7 @@ def check_head(config: Config, request: Request, client: str) -> None:
     if not SIGNATURE.fullmatch(fields["x-hub-signature-256"]):
         raise Refusal(403, "signature does not match")
 
+
 def allowed(config: Config, client: str) -> bool:
     import ipaddress
     try:
@@ -535,6 +591,7 @@ def allowed(config: Config, client: str) -> bool:
     except ValueError:
         return False
     return any(host in network for network in config.allow_from)
+
 
 def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
     """Return the secret that signed the raw body; refuse where none did.
@@ -547,6 +604,7 @@ def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
         if secret and hmac.compare_digest(hmac.digest(secret, body, "sha256"), digest):
             return secret
     raise Refusal(403, "signature does not match")
+
 
 def decide(config: Config, request: Request, body: Body) -> Decision:
     """Judge a whole delivery: what to answer, or for which hook to queue what."""
@@ -578,6 +636,7 @@ def decide(config: Config, request: Request, body: Body) -> Decision:
         return Decision(200, f"ignored: {push} changed none of its paths", hook, push)
     return Decision(202, "", hook, push, payload)
 
+
 def touches(patterns: Sequence[str], data: Any) -> bool:
     """Tell whether a push touches one of the patterns; where it cannot be known, it does."""
     commits = pick(data, "commits")
@@ -590,8 +649,9 @@ def touches(patterns: Sequence[str], data: Any) -> bool:
     paths = {path for paths in found for path in paths if isinstance(path, str)}
     return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
-def read_payload(body: Body, form: bool) -> tuple[str, dict[str, Any]]:
-    """Return the JSON text of a body and its object; depth, huge numbers and NaN are refused."""
+
+def read_payload(body: Body, form: bool) -> tuple[Body, dict[str, Any]]:
+    """Return the JSON in a body and its object; depth, huge numbers and NaN are refused."""
     def refuse(constant: str) -> Any:
         raise ValueError(constant)
     try:
@@ -599,12 +659,14 @@ def read_payload(body: Body, form: bool) -> tuple[str, dict[str, Any]]:
         if form:
             from urllib.parse import parse_qs
             (text,) = parse_qs(text, strict_parsing=True, errors="strict")["payload"]
+            body = text.encode()
         data = json.loads(text, parse_constant=refuse)
     except (ValueError, KeyError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise Refusal(400, "the payload is no JSON object that hookd can read")
-    return text, data
+    return body, data
+
 
 def pick(data: Any, *names: str) -> Any:
     """Follow names into nested objects; None where one is missing or no object."""
@@ -612,16 +674,19 @@ def pick(data: Any, *names: str) -> Any:
         data = data.get(name) if isinstance(data, dict) else None
     return data
 
+
 def text_of(data: Any, *names: str) -> str:
     """Return a string field that a database and a log can hold; empty where it is none."""
     value = pick(data, *names)
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+
 
 def needed(pattern: re.Pattern[str], value: Any, name: str) -> str:
     """Return a field that has its form; `*` is for the ini alone."""
     if not isinstance(value, str) or not pattern.fullmatch(value) or "*" in value:
         raise Refusal(400, f"signed, but hookd cannot read its {name}")
     return value
+
 
 def read_push(data: Any, repo: str) -> Push:
     """https://docs.github.com/webhooks/webhook-events-and-payloads#push"""
@@ -633,6 +698,7 @@ def read_push(data: Any, repo: str) -> Push:
     when = when if type(when) is int and 0 < when < 2**62 else 0
     before = text_of(data, "before")
     return Push("push", repo, ref, "" if deleted else commit, before, pusher, deleted, when)
+
 
 def read_workflow_run(data: Any, repo: str) -> Push | None:
     """Take a workflow that succeeded for a push to this very repository, never a fork's.
@@ -648,6 +714,7 @@ def read_workflow_run(data: Any, repo: str) -> Push | None:
     commit = needed(COMMIT, pick(run, "head_sha"), "commit")
     return Push("workflow_run", repo, ref, commit, pusher=text_of(run, "actor", "login"))
 
+
 def read_release(data: Any, repo: str) -> Push | None:
     """Take a published release; it names a tag and no commit.
 
@@ -658,8 +725,10 @@ def read_release(data: Any, repo: str) -> Push | None:
     ref = needed(REF, f"refs/tags/{text_of(data, 'release', 'tag_name')}", "tag")
     return Push("release", repo, ref, "", pusher=text_of(data, "release", "author", "login"))
 
+
 EVENTS: Mapping[str, Callable[[Any, str], Push | None]] = {
     "push": read_push, "workflow_run": read_workflow_run, "release": read_release}
+
 
 def pong(config: Config, repo: str, secret: bytes) -> str:
     """Answer a ping with the hooks that this secret speaks for."""
@@ -670,7 +739,8 @@ def pong(config: Config, repo: str, secret: bytes) -> str:
     patterns = ", ".join(hook.pattern for hook in mine)
     return f"pong: {repo} has {f'hooks for {patterns}' if mine else 'no hook'}"
 
-def push_json(push: Push) -> str:
+
+def push_json(push: Push) -> bytes:
     """Write the payload of a push that GitHub did not send, in the shape of GitHub's."""
     name, zeros = short_name(push.ref), "0" * 40
     repo = {"full_name": push.repo, "name": push.repo.rpartition("/")[2]}
@@ -681,7 +751,9 @@ def push_json(push: Push) -> str:
                  "deleted": push.deleted},
         "workflow_run": {"action": "completed", "workflow_run": run},
         "release": {"action": "published", "release": {"tag_name": name}}}
-    return json.dumps({"repository": repo, "pusher": {"name": push.pusher}, **shapes.get(push.event, {})})
+    data = {"repository": repo, "pusher": {"name": push.pusher}, **shapes.get(push.event, {})}
+    return json.dumps(data).encode()
+
 
 # ======================================================================================== store
 # SQLite holds the queue and the history; this part touches the database and nothing else.
@@ -710,7 +782,7 @@ CREATE TABLE IF NOT EXISTS runs (
     commit_id TEXT, before_id TEXT, pusher TEXT, deleted INTEGER, attempts INTEGER DEFAULT 0,
     pid INTEGER DEFAULT 0,        -- of a foreground run
     exit INTEGER, note TEXT DEFAULT '', queued REAL, began REAL, ended REAL, duration REAL,
-    payload TEXT);
+    payload BLOB);
 CREATE INDEX IF NOT EXISTS runs_of_target ON runs (target, state);
 CREATE INDEX IF NOT EXISTS runs_open ON runs (state) WHERE state IN ('queued', 'running');
 PRAGMA user_version = {SCHEMA_VERSION};
@@ -725,6 +797,7 @@ STATUS = """SELECT t.repo, t.ref, t.hook, t.directory, r.id, r.state, r.event, r
     (SELECT max(id) FROM runs WHERE target = t.id AND state = 'running'),
     (SELECT group_concat(id) FROM runs WHERE target = t.id AND state = 'queued')
     FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY t.repo, t.ref"""
+
 
 class Store:
     """Keep queue and history in one SQLite file; errors are sqlite3.Error, or a ConfigError.
@@ -787,7 +860,7 @@ class Store:
         found = self.execute(sql, *target).fetchone()
         return int(found[0] if found else self.execute(new, *target).lastrowid or 0)
 
-    def add(self, key: int, push: Push, delivery: str, payload: str) -> int:
+    def add(self, key: int, push: Push, delivery: str, payload: Body) -> int:
         """Queue a push of the target with this id; return its run's number."""
         self.consider(key, push)
         sql = """INSERT INTO runs (state, target, event, delivery, commit_id, before_id, pusher,
@@ -829,12 +902,13 @@ class Store:
         return self.runs("""WHERE r.id IN (SELECT min(id) FROM runs WHERE state = 'queued'
             GROUP BY target) ORDER BY r.id""")
 
-    def begin(self, run: int, pid: int = 0) -> str:
+    def begin(self, run: int, pid: int = 0) -> bytes:
         """Mark a run as running and return its payload; a foreground run has a pid."""
         sql = """UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?
             WHERE id = ?"""
         self.execute(sql, time.time(), pid, run)
-        return str(self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()[0] or "{}")
+        row = self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()
+        return bytes(row[0] or b"{}")
 
     def finish(self, run: int, outcome: Outcome, commit: str, duration: float) -> None:
         """Record how a run ended."""
@@ -872,6 +946,7 @@ class Store:
         self.execute(sql, "queued" if again else "interrupted", again, run.id)
         return again
 
+
 # ========================================================================================= work
 # Locks, git and children. Nothing here knows of HTTP.
 #
@@ -894,7 +969,7 @@ PRIVATE = re.compile(
 ADVICE = {
     "dubious ownership": "the directory is another user's; chown -R it to the user hookd runs as",
     "Host key verification failed": "the remote's host key changed; compare, mend known_hosts",
-    "Permission denied (publickey)": "the remote does not know this key; add deploy_key's .pub there",
+    "Permission denied (publickey)": "the remote does not know this key; add its .pub there",
     "could not read Username": "the remote wants a login; use an ssh URL and a deploy_key",
     "Authentication failed": "the remote refused the login; use an ssh URL and a deploy_key",
     "epository not found": "no such repository for this key; check git and deploy_key",
@@ -903,6 +978,7 @@ ADVICE = {
     "directory: 'git'": "no git in PATH; install git, or set PATH in environment",
     "No space left": "the disk is full; make room",
 }
+
 
 def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | None:
     """Return descriptors that hold all these locks, None while somebody has one; never waits."""
@@ -918,25 +994,31 @@ def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | Non
             os.ftruncate(files[-1], os.write(files[-1], f"{holder} {name}\n".encode()))
     return files
 
+
 def free_locks(files: list[int]) -> None:
     for file in files:
         fcntl.flock(file, fcntl.LOCK_UN)  # for the children that hold it, too
         os.close(file)
 
+
 def lock_file(state: str, name: str) -> str:
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     return os.path.join(state, "locks", f"{slug(os.path.basename(name))}-{digest}.lock")
+
 
 def lock_names(hook: Hook, target: Target) -> list[str]:
     """Return what a run must have for itself: its directory, and `lock` where that is set."""
     lock = fill(hook.lock, target.repo, short_name(target.ref))
     return [os.path.realpath(target.directory), *([lock] if lock else [])]
 
+
 def run_file(state: str, run: int, name: str = "") -> str:
     return os.path.join(state, "runs", str(run), name)
 
+
 def private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
 
 class Output:
     """Keep what a run prints, bounded: its beginning on disk as it comes, its end in memory."""
@@ -969,6 +1051,7 @@ class Output:
         self.put(bytes(self.tail))
         os.close(self.file)
 
+
 class Job:
     """Carry out one run under its locks; `perform` is called once, `end` from any thread.
 
@@ -987,13 +1070,13 @@ class Job:
         if not self.verdict:
             self.verdict, self.why = state, why
 
-    def perform(self, payload: str) -> Outcome:
+    def perform(self, payload: bytes) -> Outcome:
         """Do all that the hook says; an error of the system is an Outcome too."""
         files = [run_file(self.state, self.run.id, n) for n in ("", "payload.json", "output.log")]
         began = time.monotonic()
         try:
             os.makedirs(files[0], 0o700, exist_ok=True)
-            with open(files[1], "w", encoding="utf-8", opener=private) as file:
+            with open(files[1], "wb", opener=private) as file:
                 file.write(payload)
             self.output = Output(files[2], self.echo)
         except OSError as error:
@@ -1095,14 +1178,17 @@ class Job:
         if is_open and poll.poll(0):  # its last words; a background child's would never end
             self.output.write(os.read(pipe, CHUNK))
 
+
 def variable(text: str) -> bytes:
     """Make an environment variable of any text: no NUL, no surrogate, at most 64 KB."""
     return text.replace("\0", "?").encode("utf-8", "replace")[:VARIABLE_MAX]
+
 
 def base_environment(hook: Hook) -> dict[bytes, bytes]:
     own = {name: text for name, text in os.environb.items() if not PRIVATE.fullmatch(name)}
     given = {name.encode(): variable(text) for name, text in hook.environment}
     return own | given | {b"GIT_TERMINAL_PROMPT": b"0"}
+
 
 def signal_group(group: int, number: int) -> bool:
     """Signal a process group; False where nothing of ours is left in it."""
@@ -1111,6 +1197,7 @@ def signal_group(group: int, number: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
 
 def end_group(group: int, patience: float = 0.0) -> bool:
     """End what is left of a process group, by TERM, then KILL; True where there was anything."""
@@ -1125,17 +1212,20 @@ def end_group(group: int, patience: float = 0.0) -> bool:
         time.sleep(0.01)
     return bool(kill_at)
 
+
 def end_survivors(state: str, run: int) -> int:
     """End whatever still carries a run's environment after a crash; return how many groups."""
     mark = b"HOOKD_PAYLOAD=" + os.fsencode(run_file(state, run, "payload.json"))
     groups = set()
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        with contextlib.suppress(OSError, ValueError), open(f"/proc/{int(name)}/environ", "rb") as f:
-            if mark in f.read().split(b"\0"):
-                groups.add(os.getpgid(int(name)))
+        with contextlib.suppress(OSError, ValueError):
+            group = os.getpgid(int(name))
+            with open(f"/proc/{name}/environ", "rb") as file:
+                groups |= {group} if mark in file.read().split(b"\0") else set()
     for group in groups:
         end_group(group)
     return len(groups)
+
 
 def check_out(job: Job, deadline: float) -> Outcome | None:
     """Make a run's directory the newest commit of its ref; None when done, else the failure.
@@ -1174,6 +1264,7 @@ def check_out(job: Job, deadline: float) -> Outcome | None:
     job.commit = ask_git(["rev-parse", "HEAD"], environ, directory)[1].strip()
     return None
 
+
 def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
     """Return what lets git and ssh work without a person: no prompt, one key, known hosts."""
     known = os.path.join(state, "known_hosts")
@@ -1182,6 +1273,7 @@ def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
            "-o", f"UserKnownHostsFile={known}"]
     ssh += ["-o", "IdentitiesOnly=yes", "-i", hook.deploy_key] if hook.deploy_key else []
     return {b"GIT_SSH_COMMAND": os.fsencode(shlex.join(ssh)), b"LC_ALL": b"C"}
+
 
 def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str = "/",
             ) -> tuple[int, str, str]:
@@ -1197,6 +1289,7 @@ def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str =
         errors += b"\nno answer in time"
     return child.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
 
+
 def break_locks(git: str) -> None:
     """Remove the lock files of a killed git: under our lock, nobody else works here."""
     for folder, folders, files in os.walk(git):
@@ -1205,9 +1298,11 @@ def break_locks(git: str) -> None:
             if name.endswith(".lock"):
                 os.unlink(os.path.join(folder, name))
 
+
 def advice(words: str) -> str:
     """Say what to do about git's last words; empty where we know nothing."""
     return next((f"git: {said}: {what}" for said, what in ADVICE.items() if said in words), "")
+
 
 def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
     """Ask a remote for its branches; return commit by ref; raise OSError with the cause."""
@@ -1219,6 +1314,7 @@ def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
         raise OSError(f"{url}: {advice(errors) or first or f'git ended with {code}'}")
     pairs = (line.partition("\t") for line in output.splitlines())
     return {ref: commit for commit, _, ref in pairs}
+
 
 # ========================================================================================= HTTP
 # Sockets only: bytes become whole requests, answers become bytes. One loop in one thread serves
@@ -1232,16 +1328,19 @@ def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
 SSL_WANT_READ = 2  # ssl.SSL_ERROR_WANT_READ; ssl is imported only where it is used
 LOOPBACK = re.compile(r"127\.|::1$|$")
 
+
 class Connection:
     """Hold one sender's socket, what it has sent, and until when it may go on."""
 
-    __slots__ = ("buffer", "client", "deadline", "head", "lingers", "peer", "sock", "whole")
+    __slots__ = ("body", "buffer", "client", "deadline", "head", "lingers", "peer", "sock", "whole")
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.sock, self.peer, self.client, self.deadline = sock, peer, peer, 0.0
         self.buffer, self.head = bytearray(), None  # type: bytearray, Request | None
         self.whole = False  # the request is complete and waits for its answer
+        self.body = 0  # bytes of it that were taken out of the buffer, and are in memory yet
         self.lingers = False  # it has been answered for good; what still comes is thrown away
+
 
 class Arrival(NamedTuple):
     """Hold a whole request and the connection its answer goes to."""
@@ -1249,6 +1348,7 @@ class Arrival(NamedTuple):
     connection: Connection
     request: Request
     body: Body
+
 
 class Server:
     """Serve HTTP; callers call `poll` and give each Arrival a `reply` before the next.
@@ -1328,6 +1428,8 @@ class Server:
 
     def drop(self, connection: Connection) -> None:
         self.take(connection, len(connection.buffer))
+        self.held -= connection.body
+        connection.body = 0
         if connection in self.connections:
             del self.connections[connection]
             self.selector.unregister(connection.sock)
@@ -1380,7 +1482,8 @@ class Server:
         head, gone = connection.head, connection not in self.connections
         if head is None or gone or connection.whole or len(connection.buffer) < head.length:
             return []
-        connection.whole = True
+        connection.whole, connection.body = True, head.length
+        self.held += head.length
         self.rearm(connection)
         return [Arrival(connection, head, self.take(connection, head.length))]
 
@@ -1409,7 +1512,8 @@ class Server:
                   f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
                   + "Allow: POST\r\n" * (status == 405)
                   + ("\r\n" if keep else "Connection: close\r\n\r\n"))
-        connection.head, connection.whole = None, False
+        self.held -= connection.body
+        connection.head, connection.whole, connection.body = None, False, 0
         self.send(connection, answer.encode() + body)
         if connection not in self.connections:
             return
@@ -1438,9 +1542,11 @@ class Server:
         for connection in [one for one in self.connections if one.whole]:
             self.reply(connection, 500, "a bug in hookd")
 
+
 # ============================================================================== systemd and log
 # What hookd tells the machine it runs on. A stuck syslog or terminal must not delay a delivery:
 # a line that cannot be written at once is dropped, counted, and told of later.
+
 
 class PatientHandler(logging.handlers.SysLogHandler):
     """Write one event a line to syslog at `path`, or to stderr without; never wait for either."""
@@ -1478,18 +1584,20 @@ class PatientHandler(logging.handlers.SysLogHandler):
         except OSError:
             self.handleError(record)
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         self.lost += 1
+
 
 def open_log(wanted: str, syslog: str = "/dev/log") -> None:
     """Send the log to syslog or stderr, as the ini says; `auto` takes what answers."""
     path = syslog if wanted == "syslog" else ""
     if wanted == "auto" and not sys.stderr.isatty():
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            probe.connect(syslog)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+            one.connect(syslog)
             path = syslog
     log.addHandler(PatientHandler(path))
     log.setLevel(logging.INFO)
+
 
 class Noise:
     """Tell the first refusal of each kind at once and the others once a minute, counted."""
@@ -1515,6 +1623,7 @@ class Noise:
             self.counts.clear()
             self.until = NEVER
 
+
 def notify(text: str, *files: int) -> None:
     """Tell systemd, where it listens (sd_notify(3)); descriptors go with FDSTORE=1."""
     path = os.environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
@@ -1522,6 +1631,7 @@ def notify(text: str, *files: int) -> None:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect(path)
             socket.send_fds(sock, [text.encode()], list(files))
+
 
 def passed_sockets() -> dict[str, list[socket.socket]]:
     """Take the listening sockets that systemd passed, by name (sd_listen_fds(3))."""
@@ -1531,6 +1641,7 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
             os.set_inheritable(3 + place, False)
             found.setdefault(name, []).append(socket.socket(fileno=3 + place))
     return found
+
 
 def open_socket(wanted: str) -> socket.socket:
     """Bind and listen; raise OSError. A unix socket that a killed hookd left is replaced."""
@@ -1555,11 +1666,13 @@ def open_socket(wanted: str) -> socket.socket:
     sock.listen(4096)  # enough of a queue for a restart
     return sock
 
+
 def bound_address(sock: socket.socket) -> str:
     name = sock.getsockname()
     if isinstance(name, str):
         return f"unix:{name}"
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
     """Return what serves tls_cert, None without; raise OSError."""
@@ -1574,10 +1687,12 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
         raise OSError(f"tls_cert and tls_key cannot be used: {error}") from None
     return context
 
+
 # ======================================================================================= daemon
 # The one part that knows all the others: deliveries come in, rows are written, jobs go out. Only
 # the main thread decides. A job's thread carries out one run, records its end and wakes the main
 # thread through a socket, as signals do, and the thread that asks remotes.
+
 
 class Daemon:
     """Serve until told to stop; callers call `serve`, once. `load` reads the ini anew."""
@@ -1686,7 +1801,7 @@ class Daemon:
         """
         self.look_at, now = NEVER, time.monotonic()
         ended, found = self.ended[:], self.found[:]
-        begun: list[tuple[Job, str]] = []
+        begun: list[tuple[Job, bytes]] = []
         try:
             with self.store.transaction():
                 self.recover()
@@ -1707,8 +1822,10 @@ class Daemon:
                 free_locks(job.locks)
             answers = [(503, "it cannot be kept now, send it again later")] * len(accepted)
             ended, found, begun, self.look_at = [], [], [], now + 1
-        for (arrival, _), answer in zip(accepted, answers):
+        for (arrival, decision), answer in zip(accepted, answers):
             self.tell(arrival, *answer)
+            if len(decision.payload) > CHUNK:
+                self.store.close()  # SQLite's cached statement would keep a copy of it
         for job, *_ in ended:
             del self.jobs[job.run.id]
         del self.ended[: len(ended)], self.found[: len(found)]
@@ -1774,7 +1891,7 @@ class Daemon:
         self.recovered = True
         self.wake()
 
-    def dispatch(self, ended: set[int], begun: list[tuple[Job, str]]) -> None:
+    def dispatch(self, ended: set[int], begun: list[tuple[Job, bytes]]) -> None:
         """Begin what can begin: oldest first, one a target, while jobs and locks are free."""
         now, state = time.monotonic(), self.config.state
         busy = {job.run.target for number, job in self.jobs.items() if number not in ended}
@@ -1798,7 +1915,7 @@ class Daemon:
                 else:
                     begun.append((Job(run, hook, state, locks), self.store.begin(run.id)))
 
-    def work(self, job: Job, payload: str) -> None:
+    def work(self, job: Job, payload: bytes) -> None:
         """Carry out a run: the root of its thread."""
         run, began = job.run, time.monotonic()
         log.info("run %d began: %s delivery=%s", run.id, run.push, run.delivery)
@@ -1896,6 +2013,7 @@ class Daemon:
             notify(f"STATUS=listening on {bound_address(self.server.listeners[0])}, {line}")
             self.told = line
 
+
 class Remotes:
     """Find what no delivery told of: ask the remotes at start and every `catch_up`."""
 
@@ -1949,8 +2067,10 @@ class Remotes:
             if hook is next((h for h in config.hooks_for(repo) if h.matches(push)), None):
                 self.daemon.found.append((hook, push))
 
+
 def delivery_id(arrival: Arrival) -> str:
     return escape(arrival.request.fields.get("x-github-delivery", "")[:100]) or "-"
+
 
 def report(job: Job, outcome: Outcome, duration: float) -> None:
     """Tell the log how a run ended, with its last words where it failed."""
@@ -1962,6 +2082,7 @@ def report(job: Job, outcome: Outcome, duration: float) -> None:
         for line in job.recent.decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
             log.warning("run %d said: %s", run.id, line)
 
+
 def forget(state: str, run: int) -> None:
     """Remove a run's files."""
     with contextlib.suppress(OSError):
@@ -1969,8 +2090,10 @@ def forget(state: str, run: int) -> None:
             os.unlink(run_file(state, run, name))
         os.rmdir(run_file(state, run))
 
+
 # ================================================================================= command line
 # Verbs for people. They read the same ini, and touch the state as the user who owns it.
+
 
 def default_state(environ: Mapping[str, str]) -> str:
     """Return where the state is when the ini does not say."""
@@ -1978,11 +2101,13 @@ def default_state(environ: Mapping[str, str]) -> str:
     home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return given or (common if os.path.isdir(common) else os.path.join(home, "hookd"))
 
+
 def secret_path(name: str, base: str) -> str:
     """Return where a secret file is: among systemd's credentials, or beside the ini."""
     folder, masked = os.environ.get("CREDENTIALS_DIRECTORY"), "/run/credentials/hookd.service"
     path = os.path.join(folder or base, name)
     return path if folder or os.path.exists(path) else os.path.join(masked, name)
+
 
 def load(file: str, verb: str) -> Config:
     """Read an ini and the secrets it names; the default secret is made if it is missing."""
@@ -2017,6 +2142,7 @@ def load(file: str, verb: str) -> Config:
 
     return Ini(os.path.basename(file), base, read_secret).config(text, default_state(os.environ))
 
+
 def become_owner(text: str, base: str) -> None:
     """As root, become the owner of the state that an ini names, so that no file there is root's."""
     ini = Ini.parser(strict=False)
@@ -2031,11 +2157,13 @@ def become_owner(text: str, base: str) -> None:
         os.setuid(owner.pw_uid)
         os.environ.update(HOME=owner.pw_dir, USER=owner.pw_name, LOGNAME=owner.pw_name)
 
+
 def make_state(config: Config) -> None:
     for folder in ("", "runs", "locks", "work"):
         os.makedirs(os.path.join(config.state, folder), 0o700, exist_ok=True)
     with contextlib.suppress(PermissionError):
         os.chmod(config.state, 0o700)
+
 
 def serve(config: Config, options: argparse.Namespace) -> int:
     """the daemon (the default verb)"""
@@ -2043,28 +2171,34 @@ def serve(config: Config, options: argparse.Namespace) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
     make_state(config)
     if take_locks(config.state, ["hookd"], f"hookd {os.getpid()}") is None:
-        raise SystemExit(f"hookd: {config.state} is held by hookd {daemon_pid(config)}; stop that first")
+        holder = daemon_pid(config)
+        raise SystemExit(f"hookd: {config.state} is held by hookd {holder}; stop that one first")
     open_log(config.log)
     daemon = Daemon(config, lambda: load(options.file, "serve"))
     with contextlib.suppress(sqlite3.OperationalError):  # full, locked: it may yet become well
         daemon.store.connect()
     return daemon.serve()
 
+
 def daemon_pid(config: Config) -> int:
     """Return the pid of the hookd that serves this state, 0 where none does."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
+    try:
         with open(lock_file(config.state, "hookd"), encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(file.read().split()[1])
+            holder = file.read().split()
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(holder[1])
+    except OSError:
+        pass
     return 0
+
 
 def daemon_address(config: Config) -> str:
     """Return where the hookd that serves this state noted that it listens, else `listen`."""
     with contextlib.suppress(OSError), open(f"{config.state}/address") as file:
         return file.read() or config.listen
     return config.listen
+
 
 def check(config: Config, options: argparse.Namespace) -> int:
     """the ini and what it names: every problem, then a table of the hooks"""
@@ -2074,6 +2208,7 @@ def check(config: Config, options: argparse.Namespace) -> int:
     rows = [[hook.section, hook.event, hook.directory] for hook in config.hooks.values()]
     table(["HOOK", "EVENT", "DIRECTORY"], rows)
     return 78 if problems else 0
+
 
 def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
     """Find what is wrong with what an ini names: section, key, fault and remedy of each."""
@@ -2101,6 +2236,7 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
     except OSError as error:
         yield f"[hookd] {'tls_cert' if 'tls' in str(error) else 'listen'}: {error}"
 
+
 def everybody_reads(path: str) -> bool:
     """Tell whether any user may read a file: it, and enter all the folders above it."""
     if not os.path.exists(path) or not os.stat(path).st_mode & 0o004:
@@ -2110,6 +2246,7 @@ def everybody_reads(path: str) -> bool:
         if not os.stat(path).st_mode & 0o001:
             return False
     return True
+
 
 def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator[str]:
     """Find what is wrong with what a hook names, and with those before it."""
@@ -2126,12 +2263,12 @@ def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator
     while not os.path.exists(directory):
         directory = os.path.dirname(directory)
     if not os.access(directory, os.W_OK | os.X_OK):
-        yield f"directory: {user} cannot write {directory}; chown it, or ReadWritePaths= in the unit"
+        yield f"directory: {user} cannot write {directory}; chown it, see ReadWritePaths= too"
     git = os.path.join(hook.directory, ".git")
     if hook.git and os.path.exists(git) and os.stat(git).st_uid != os.geteuid():
         yield f"directory: git will not touch another user's {hook.directory}; chown -R it"
     if hook.deploy_key and not os.access(hook.deploy_key, os.R_OK):
-        yield f"deploy_key: {user} cannot read {hook.deploy_key}; chown it, or make it with ssh-keygen"
+        yield f"deploy_key: {user} cannot read {hook.deploy_key}; chown it, or ssh-keygen one"
     elif hook.deploy_key and os.stat(hook.deploy_key).st_mode & 0o077:
         yield f"deploy_key: ssh refuses a key others can read; chmod 600 {hook.deploy_key}"
     scripts = " ".join((hook.command, hook.on_success, hook.on_failure, hook.on_delete))
@@ -2139,22 +2276,25 @@ def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator
         if re.search(r"\bsudo\b", scripts) and "NoNewPrivs:\t1" in file.read():
             yield "command: sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
 
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     for row in (head, *rows):
         print("  ".join(map(str.ljust, row, widths)).rstrip())
+
 
 def find_hook(config: Config, options: argparse.Namespace) -> tuple[Hook | None, Push]:
     """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
     push = Push("push", options.repo, f"refs/heads/{options.branch}", "")
     for hook in config.hooks_for(options.repo):
         event = {"": hook.event, "delete": "push"}.get(options.event, options.event)
-        kind = "tags" if event == "release" else "heads"
-        ref = options.branch if options.branch.startswith("refs/") else f"refs/{kind}/{options.branch}"
+        kind = "refs/tags/" if event == "release" else "refs/heads/"
+        ref = ("" if options.branch.startswith("refs/") else kind) + options.branch
         push = Push(event, hook.named(options.repo), ref, "", pusher=os.environ.get("USER", ""))
         if hook.matches(push):
             return hook, push
     return None, push
+
 
 def run(config: Config, options: argparse.Namespace) -> int:
     """that run now, in the foreground, under the same lock, in the same history"""
@@ -2183,6 +2323,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
     free_locks(locks)
     return outcome.exit
 
+
 def show(data: bytes) -> None:
     """Print a run's output; a terminal gets nothing that it obeys."""
     if sys.stdout.isatty():
@@ -2191,6 +2332,7 @@ def show(data: bytes) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
+
 
 def send(config: Config, options: argparse.Namespace) -> int:
     """a signed push to the running daemon, as GitHub would send it"""
@@ -2201,7 +2343,7 @@ def send(config: Config, options: argparse.Namespace) -> int:
     push = push._replace(commit="" if deleted else options.commit or made_up, deleted=deleted)
     hooks = config.hooks_for(options.repo)
     secret = (hook or hooks[0]).secrets[0] if hooks else config.secrets[0]
-    body = push_json(push).encode()
+    body = push_json(push)
     event = "ping" if options.event == "ping" else push.event
     status, text = post(config, body, [
         "Content-Type: application/json", f"X-GitHub-Event: {event}",
@@ -2212,6 +2354,7 @@ def send(config: Config, options: argparse.Namespace) -> int:
         for row in Store(config.state).runs("WHERE r.delivery = ?", delivery):
             return watch(config, row.id, follow=True)
     return 0 if status == 202 or text.startswith("pong") else 1
+
 
 def post(config: Config, body: bytes, fields: Sequence[str]) -> tuple[int, str]:
     """POST to the running daemon, at the address that it noted; return status and text."""
@@ -2236,17 +2379,18 @@ def post(config: Config, body: bytes, fields: Sequence[str]) -> tuple[int, str]:
         raise SystemExit(f"hookd: nobody answers on {where} ({error}); is the daemon up?") from None
     return int(answer[9:12]), answer.partition("\r\n\r\n")[2].strip()
 
+
 def watch(config: Config, number: int, follow: bool) -> int:
     """Print a run's output, with `follow` until it has ended; return its exit status."""
     store, shown = Store(config.state), 0
     while True:
         rows = store.runs("WHERE r.id = ?", number)
-        with contextlib.suppress(FileNotFoundError):
-            with open(run_file(config.state, number, "output.log"), "rb") as file:
-                file.seek(shown)
-                while data := file.read(CHUNK):
-                    shown += len(data)
-                    show(data)
+        path = run_file(config.state, number, "output.log")
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            file.seek(shown)
+            while data := file.read(CHUNK):
+                shown += len(data)
+                show(data)
         if not rows or not follow or rows[0].state not in ("queued", "running", "superseded"):
             return 1 if not rows or rows[0].exit is None else rows[0].exit
         if rows[0].state == "superseded":
@@ -2254,11 +2398,13 @@ def watch(config: Config, number: int, follow: bool) -> int:
             print(f"hookd: run {number} takes its place", file=sys.stderr)
         time.sleep(0.1)
 
+
 def has_history(config: Config) -> bool:
     """Tell whether hookd ever ran here; raise PermissionError where we may not know."""
     with contextlib.suppress(FileNotFoundError):
         return "hookd.db" in os.listdir(config.state)
     return False
+
 
 def status(config: Config, options: argparse.Namespace) -> int:
     """each target: last state, commit, when, how long, what waits; 1 if any is not ok"""
@@ -2277,6 +2423,7 @@ def status(config: Config, options: argparse.Namespace) -> int:
         table(head, [status_row(facts) for facts in found])
     return 1 if any(facts["state"] not in (None, "ok") for facts in found) else 0
 
+
 def status_row(facts: Mapping[str, Any]) -> list[str]:
     took = "" if facts["duration"] is None else f"{facts['duration']:.1f}s"
     past = max(time.time() - (facts["ended"] or 0), 0)
@@ -2288,6 +2435,7 @@ def status_row(facts: Mapping[str, Any]) -> list[str]:
     name = escape(f"{facts['repo']} {facts['branch']}")
     name = name if len(name) <= 32 else name[:31] + "~"
     return [name, facts["state"] or "-", (facts["commit"] or "")[:7], ended, took, ", ".join(now)]
+
 
 def show_log(config: Config, options: argparse.Namespace) -> int:
     """a run's output, by RUN or REPO BRANCH; the newest run's without"""
@@ -2303,13 +2451,16 @@ def show_log(config: Config, options: argparse.Namespace) -> int:
     watch(config, rows[0].id, options.follow)
     return 0
 
+
 def secret(config: Config, options: argparse.Namespace) -> int:
     """the secret to paste into GitHub, made if there is none"""
     print("\n".join(one.decode() for one in config.secrets or config.all_secrets))
     return 0
 
+
 VERBS = {"serve": serve, "check": check, "run": run, "send": send, "status": status,
          "log": show_log, "secret": secret}
+
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     import argparse
@@ -2321,8 +2472,10 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     top = argparse.ArgumentParser(prog="hookd.py", parents=[common], description=about)
     top.add_argument("--version", action="version", version=f"hookd {VERSION}")
     verbs = top.add_subparsers(metavar="VERB", dest="verb")
-    of = {name: verbs.add_parser(name, parents=[common], help=verb.__doc__, description=verb.__doc__)
-          for name, verb in VERBS.items()}
+    of = {}
+    for name, verb in VERBS.items():
+        about = (verb.__doc__ or "").partition("\n")[0]
+        of[name] = verbs.add_parser(name, parents=[common], help=about, description=about)
     for name in ("run", "send"):
         of[name].add_argument("repo", metavar="REPO", help="owner/repo")
         of[name].add_argument("branch", metavar="BRANCH", help="a branch, or a whole refs/...")
@@ -2337,6 +2490,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = top.parse_args(argv, argparse.Namespace(file=beside, event=""))
     options.verb = options.verb or "serve"
     return options
+
 
 def main(argv: Sequence[str]) -> int:
     """Do what a command line asks; return the exit status."""
@@ -2354,6 +2508,7 @@ def main(argv: Sequence[str]) -> int:
     except (OSError, sqlite3.Error) as error:
         print(f"hookd: {error}", file=sys.stderr)
     return 1
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
