@@ -76,9 +76,9 @@ class Doctor(Scene):
         self._told(GOOD + "directory = /srv/dubious\n", "/srv/dubious", "chown")
 
     def a_secret_that_everybody_can_read(self) -> None:
-        self.server.run("chmod 644 /var/lib/hookd/secret")
-        self._told("[octo/blog main]\ncommand = true\n", "/var/lib/hookd/secret", "chmod")
-        self.server.run("chmod 600 /var/lib/hookd/secret")
+        self.server.write("/etc/blog.secret", "of the blog\n", 0o644)
+        self._told("[octo/blog main]\nsecret_file = /etc/blog.secret\ncommand = true\n",
+                   "/etc/blog.secret", "chmod")
 
     def a_secret_in_an_ini_that_everybody_can_read(self) -> None:
         self._told("[octo/blog main]\nsecret = kept-by-nobody\ncommand = true\n",

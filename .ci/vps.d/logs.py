@@ -120,7 +120,7 @@ class Syslog(Scene):
         listener = socket.create_server(("127.0.0.1", 25))
         thread = threading.Thread(target=take_mail, args=(listener, inbox), daemon=True)
         thread.start()
-        self.server.configure(block_with("smtp://") + INI)
+        self.server.configure(block_with("smtp://") + INI, restart=True)
         accepted(self.hook.deliver(push("octo/site", "bad", sha("mail"))))
         self.server.wait_for_state("octo/site", "bad", sha("mail"), "failed")
         thread.join(10)

@@ -29,6 +29,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RECIPE = "3"  # change it when the way the tree is built changes
 POLICY = "#!/bin/sh\nexit 101\n"  # no daemon is started while packages are installed
 UNIFIED = "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"  # cgroups as on a Debian 12 of its own
+CGROUPS = Path("/sys/fs/cgroup")
 CLONE_NEWNET = 0x40000000
 PROXIES = ("http_proxy", "https_proxy", "no_proxy")
 
@@ -158,10 +159,11 @@ class Machine:
                   " --private-network --console=read-only --resolv-conf=off --timezone=off"
                   " --link-journal=no")
         mount = f"mount -t overlay overlay -o {overlay} {place}/root"
-        script = f"{mount} && exec setsid env {UNIFIED} {nspawn}"
+        join = "".join(f"echo $$ >{group}/cgroup.procs; " for group in self.cgroups())
+        script = f"{mount} && {{ {join}exec setsid env {UNIFIED} {nspawn}; }}"
         with open(place / "console", "ab") as console:
             self.nspawn = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", "unshare", "-m", "sh", "-c", script],
+                ["setpriv", "--pdeathsig", "TERM", "unshare", "-m", "sh", "-c", script],
                 stdin=subprocess.DEVNULL, stdout=console, stderr=console)
         try:
             wait_until("the container started", self.find_leader, 30)
@@ -171,6 +173,18 @@ class Machine:
             console_text = (place / "console").read_text(encoding="utf-8", errors="replace")
             raise CannotBootError(f"{failure}; {' '.join(console_text.split())[-300:]}") from None
         self.enter_network()
+
+    def cgroups(self) -> list[Path]:
+        """Make and return control groups of this server's own, apart from another container's."""
+        made = []
+        for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            name, path = line.split(":")[1:]
+            if name in ("", "name=systemd"):
+                top = CGROUPS / ("systemd" if name else "unified")
+                group = (top if top.is_dir() else CGROUPS) / path.strip("/") / "hookd-vps"
+                group.mkdir(exist_ok=True)
+                made.append(group)
+        return made
 
     def find_leader(self) -> bool:
         """Note the container's first process: nspawn's child that is process 1 inside."""
@@ -232,12 +246,18 @@ class Machine:
     def cut_power(self) -> None:
         """End every process of the server at once, as when the plug is pulled."""
         assert self.nspawn
-        os.kill(self.leader or self.nspawn.pid, signal.SIGKILL)
+        if self.leader:
+            os.kill(self.leader, signal.SIGKILL)
+        else:
+            self.nspawn.terminate()  # killed, it would leave the container running
         self.nspawn.wait(30)
         self.leader = 0
 
     def stop(self) -> None:
-        """Throw the server away."""
+        """Throw the server away, with all that it left on this machine."""
         if self.nspawn and self.nspawn.poll() is None:
             self.cut_power()
+        for group in self.cgroups():
+            for folder, _, _ in os.walk(group, topdown=False):
+                os.rmdir(folder)
         shutil.rmtree(self.place, ignore_errors=True)

@@ -97,9 +97,10 @@ class Server(Machine):
     def configure(self, ini: str, restart: bool = False) -> None:
         """Replace the ini and let hookd read it."""
         self.write("/opt/hookd/hookd.ini", ini)
+        before = len(self.log_lines("reloaded"))
         self.run("systemctl restart hookd" if restart else "systemctl reload hookd")
-        if not restart:  # a reload ends when the signal is sent
-            self.wait_for_log("reloaded")
+        if not restart:  # systemctl ends when the signal is sent
+            self.wait_for_log("reloaded", times=before + 1)
 
     def webhook(self, **settings: Any) -> GitHub:
         """Return GitHub's side of the webhook, with the secret hookd made."""
