@@ -28,7 +28,6 @@ import hashlib
 import hmac
 import json
 import logging
-import logging.handlers
 import os
 import pwd
 import re
@@ -969,7 +968,7 @@ PRIVATE = re.compile(
 ADVICE = {
     "dubious ownership": "the directory is another user's; chown -R it to the user hookd runs as",
     "Host key verification failed": "the remote's host key changed; compare, mend known_hosts",
-    "Permission denied (publickey)": "the remote does not know this key; add its .pub there",
+    "Permission denied (publickey": "the remote does not know this key; add its .pub there",
     "could not read Username": "the remote wants a login; use an ssh URL and a deploy_key",
     "Authentication failed": "the remote refused the login; use an ssh URL and a deploy_key",
     "epository not found": "no such repository for this key; check git and deploy_key",
@@ -1301,7 +1300,7 @@ def break_locks(git: str) -> None:
 
 def advice(words: str) -> str:
     """Say what to do about git's last words; empty where we know nothing."""
-    return next((f"git: {said}: {what}" for said, what in ADVICE.items() if said in words), "")
+    return next((f"git: {what}" for said, what in ADVICE.items() if said in words), "")
 
 
 def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
@@ -1548,54 +1547,58 @@ class Server:
 # a line that cannot be written at once is dropped, counted, and told of later.
 
 
-class PatientHandler(logging.handlers.SysLogHandler):
-    """Write one event a line to syslog at `path`, or to stderr without; never wait for either."""
+class LogHandler(logging.Handler):
+    """Write one event a line to the syslog at `path` while it answers, else to stderr.
 
-    def __init__(self, path: str) -> None:
-        self.path, self.lost = path, 0
-        self.socket: Any = None
-        if path:
-            super().__init__(path, "daemon")
-            self.ident = f"hookd[{os.getpid()}]: "
-        else:
-            logging.Handler.__init__(self)
-            form = "%(asctime)s %(levelname)s: %(message)s"
-            self.setFormatter(logging.Formatter(form))
+    Unlike logging.handlers.SysLogHandler it waits for neither.
+    """
 
-    def _connect_unixsocket(self, address: Any) -> None:
-        with contextlib.suppress(OSError):  # it may come later
-            super()._connect_unixsocket(address)  # type: ignore[misc]
-        self.socket.setblocking(False)
-
-    def format(self, record: logging.LogRecord) -> str:
-        lost, self.lost = self.lost, 0
-        text = super().format(record) + (f" (lost {lost} lines before this one)" if lost else "")
-        return escape(text)
+    def __init__(self, path: str, stderr: bool) -> None:
+        super().__init__()
+        self.path, self.stderr, self.lost = path, stderr, 0
+        self.syslog: socket.socket | None = None
+        self.times = logging.Formatter("%(asctime)s %(levelname)s: %(message)s")
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.path:
-            super().emit(record)
-            return
-        line, poll = f"{self.format(record)}\n", select.poll()
-        poll.register(2, select.POLLOUT)
-        try:
-            writable = [event for _, event in poll.poll(0)] == [select.POLLOUT]
-            os.write(2, line.encode("utf-8", "replace")) if writable else self.handleError(record)
-        except OSError:
-            self.handleError(record)
+        """Write a record, its traceback in the same line, with nothing that a terminal obeys."""
+        lost = f" (lost {self.lost} lines before this one)" if self.lost else ""
+        priority = 3 << 3 | {"INFO": 6, "WARNING": 4}.get(record.levelname, 3)  # syslog(3): daemon
+        line = f"<{priority}>hookd[{os.getpid()}]: {escape(self.format(record) + lost)}"
+        told = bool(self.path) and self.to_syslog(line.encode("utf-8", "replace"))
+        if not told and self.stderr:
+            line = f"{escape(self.times.format(record) + lost)}\n"
+            told = self.to_stderr(line.encode("utf-8", "replace"))
+        self.lost = 0 if told else self.lost + 1
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        self.lost += 1
+    def to_syslog(self, line: bytes) -> bool:
+        for _ in range(2):  # a syslog that was restarted has another socket under its name
+            try:
+                if self.syslog is None:
+                    self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                    self.syslog.setblocking(False)
+                    self.syslog.connect(self.path)
+                self.syslog.send(line)
+                return True
+            except BlockingIOError:
+                return False
+            except OSError:
+                if self.syslog:
+                    self.syslog.close()
+                self.syslog = None
+        return False
+
+    def to_stderr(self, line: bytes) -> bool:
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            return poll.poll(0) == [(2, select.POLLOUT)] and os.write(2, line) > 0
+        return False
 
 
 def open_log(wanted: str, syslog: str = "/dev/log") -> None:
-    """Send the log to syslog or stderr, as the ini says; `auto` takes what answers."""
-    path = syslog if wanted == "syslog" else ""
-    if wanted == "auto" and not sys.stderr.isatty():
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
-            one.connect(syslog)
-            path = syslog
-    log.addHandler(PatientHandler(path))
+    """Send the log where the ini says; `auto` is stderr on a terminal, else what answers."""
+    terminal = wanted == "stderr" or (wanted == "auto" and sys.stderr.isatty())
+    log.addHandler(LogHandler("" if terminal else syslog, wanted != "syslog"))
     log.setLevel(logging.INFO)
 
 
@@ -2212,6 +2215,7 @@ def check(config: Config, options: argparse.Namespace) -> int:
 
 def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
     """Find what is wrong with what an ini names: section, key, fault and remedy of each."""
+    import shutil
     ini, base = Ini.parser(strict=False), os.path.dirname(os.path.abspath(options.file))
     ini.read(options.file, encoding="utf-8-sig")
     files = [(s, key, secret_path(ini[s][key], base) if key == "secret_file" else options.file)
@@ -2220,6 +2224,8 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
         if everybody_reads(os.path.abspath(name)):
             yield f"[{section}] {key}: every user can read {name}; chmod o-r {name}"
     hooks = list(config.hooks.values())
+    if any(hook.git for hook in hooks) and not shutil.which("git"):
+        yield "[hookd] git: is not in PATH; install it, or set PATH for hookd"
     for place, hook in enumerate(hooks):
         for problem in examine_hook(config, hook, hooks[:place]):
             yield f"[{hook.section}] {problem}"
