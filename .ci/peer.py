@@ -29,6 +29,9 @@ SECRET = "It's a Secret to Everybody"
 ZERO = "0" * 40
 PATIENCE = 20.0
 T = TypeVar("T")
+# What a check that is told to end, by a time limit, ends first: its daemons live in their own
+# sessions and would stay.
+endings: list[Callable[[], object]] = []
 
 
 def sign(secret: str, body: bytes) -> str:
@@ -138,6 +141,7 @@ class Daemon:
         self.python = [os.path.realpath(sys.executable)]
         self.env = {"PATH": os.environ["PATH"], "HOME": str(self.directory / "home"),
                     "LANG": "C.UTF-8", "GIT_CONFIG_NOSYSTEM": "1", **(env or {})}
+        endings.append(self.__exit__)
         (self.directory / "home").mkdir()
         self.process: Optional[subprocess.Popen[bytes]] = None
         self.address: tuple[str, int] = ("", 0)
@@ -352,8 +356,19 @@ class Result(unittest.TextTestResult):
         return " ".join((words[0], *words[2:]))
 
 
+def end_well() -> None:
+    """Make SIGTERM end what was started, too."""
+    def end(*_: object) -> None:
+        for ending in reversed(endings):
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                ending()
+        os._exit(143)
+    signal.signal(signal.SIGTERM, end)
+
+
 def main() -> None:
     """Run the calling script's tests; each is told with its name and its seconds."""
+    end_well()
     if not HOOKD.exists():
         sys.exit("hookd.py is not there")
     began = time.monotonic()
