@@ -125,14 +125,15 @@ class FailedError(Exception):
 
 def wait_until(what: str, condition: Callable[[], object], seconds: float = 20) -> object:
     """Return the condition's first true value; FailedError names `what` after the deadline."""
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.02
     while True:
         value = condition()
         if value:
             return value
         if time.monotonic() > deadline:
             raise FailedError(f"after {seconds:g} s still not: {what}")
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.3)  # asking hookd costs a process each time
 
 
 class Machine:

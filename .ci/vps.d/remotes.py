@@ -141,7 +141,7 @@ class CatchUp(Scene):
                         f" -N '' -f {KEY}")
         self.blog.deploy_key(self.server.read(f"{KEY}.pub"))
         self.blog.commit("main", {"page": "one"})
-        self.ini = BLOG.replace("catch_up = no", "catch_up = 3s")
+        self.ini = BLOG.replace("catch_up = no", "catch_up = 2s")
 
     def at_start_the_branch_is_deployed_without_any_push(self) -> None:
         self.server.configure(self.ini, restart=True)
@@ -158,14 +158,14 @@ class CatchUp(Scene):
         began = time.monotonic()
         name = self.blog.commit("main", {"page": "three"})
         self.server.wait_for_state("octo/blog", "main", name)
-        self.note(f"after {time.monotonic() - began:.1f} s, catch_up = 3s")
+        self.note(f"after {time.monotonic() - began:.1f} s, catch_up = 2s")
 
     def a_remote_that_is_down_is_told_once_and_once_when_back(self) -> None:
-        """Four tries fail, one line; then one more line and the deploy."""
+        """Three tries fail, one line; then one more line and the deploy."""
         before = len(self.server.log_lines("github.com"))
         self.server.run("systemctl stop ssh")
         wait_until("it is told", lambda: len(self.server.log_lines("github.com")) > before)
-        time.sleep(9)
+        time.sleep(6)
         told = self.server.log_lines("github.com")[before:]
         expect(len(told) == 1, f"{len(told)} lines while it was down: {told}")
         self.server.run("systemctl start ssh")
@@ -178,5 +178,5 @@ class CatchUp(Scene):
         name = self.blog.commit("main", {"page": "five"})
         self.server.wait_for_state("octo/blog", "main", name, "failed")
         run = self.server.target("octo/blog", "main")["run"]
-        time.sleep(8)
+        time.sleep(5)
         expect(self.server.target("octo/blog", "main")["run"] == run, "it was tried again")
