@@ -1152,8 +1152,8 @@ class Job:
             stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks)
         with child:
             self.follow(child, child.stdout.fileno(), deadline)  # type: ignore[union-attr]
-        if end_group(child.pid, 0.25):
-            self.say("ended the processes that were left in the run's process group")
+        if end_group(child.pid, 0.25) and not self.verdict and arguments[0] != "git":
+            self.say("ended the processes that the script left behind in its process group")
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
     def follow(self, child: subprocess.Popen[bytes], pipe: int, deadline: float) -> None:
@@ -1825,10 +1825,8 @@ class Daemon:
                 free_locks(job.locks)
             answers = [(503, "it cannot be kept now, send it again later")] * len(accepted)
             ended, found, begun, self.look_at = [], [], [], now + 1
-        for (arrival, decision), answer in zip(accepted, answers):
+        for (arrival, _), answer in zip(accepted, answers):
             self.tell(arrival, *answer)
-            if len(decision.payload) > CHUNK:
-                self.store.close()  # SQLite's cached statement would keep a copy of it
         for job, *_ in ended:
             del self.jobs[job.run.id]
         del self.ended[: len(ended)], self.found[: len(found)]
@@ -2177,10 +2175,20 @@ def serve(config: Config, options: argparse.Namespace) -> int:
         holder = daemon_pid(config)
         raise SystemExit(f"hookd: {config.state} is held by hookd {holder}; stop that one first")
     open_log(config.log)
+    trim_memory()
     daemon = Daemon(config, lambda: load(options.file, "serve"))
     with contextlib.suppress(sqlite3.OperationalError):  # full, locked: it may yet become well
         daemon.store.connect()
     return daemon.serve()
+
+
+def trim_memory() -> None:
+    """Have glibc give back what compiling took, and each large block when it is freed."""
+    import ctypes
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, CHUNK // 2)  # M_MMAP_THRESHOLD, mallopt(3): else it grows with each block
+        libc.malloc_trim(0)
 
 
 def daemon_pid(config: Config) -> int:
@@ -2256,7 +2264,7 @@ def everybody_reads(path: str) -> bool:
 
 def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator[str]:
     """Find what is wrong with what a hook names, and with those before it."""
-    user = f"the user {pwd.getpwuid(os.geteuid()).pw_name}"
+    user = f"the user {user_name()}"
     names = (hook.repo.lower(), hook.repo.lower().split("/")[0] + "/*")
     work = f"{config.state}/{WORK}"
     for other in (other for other in before if other.repo.lower() in names):
@@ -2283,6 +2291,13 @@ def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator
             yield "command: sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
 
 
+def user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user may have none
+        return str(os.geteuid())
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     for row in (head, *rows):
@@ -2296,7 +2311,7 @@ def find_hook(config: Config, options: argparse.Namespace) -> tuple[Hook | None,
         event = {"": hook.event, "delete": "push"}.get(options.event, options.event)
         kind = "refs/tags/" if event == "release" else "refs/heads/"
         ref = ("" if options.branch.startswith("refs/") else kind) + options.branch
-        push = Push(event, hook.named(options.repo), ref, "", pusher=os.environ.get("USER", ""))
+        push = Push(event, hook.named(options.repo), ref, "", pusher=user_name())
         if hook.matches(push):
             return hook, push
     return None, push
@@ -2408,7 +2423,9 @@ def watch(config: Config, number: int, follow: bool) -> int:
 def has_history(config: Config) -> bool:
     """Tell whether hookd ever ran here; raise PermissionError where we may not know."""
     with contextlib.suppress(FileNotFoundError):
-        return "hookd.db" in os.listdir(config.state)
+        if "hookd.db" in os.listdir(config.state):
+            return True
+    print(f"hookd: nothing has run yet in {config.state}", file=sys.stderr)
     return False
 
 
@@ -2425,7 +2442,7 @@ def status(config: Config, options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=1))
     else:
-        head = ["TARGET", "LAST", "COMMIT", "ENDED", "TOOK", "NOW"]
+        head = ["TARGET", "RUN", "STATE", "COMMIT", "ENDED", "TOOK", "NOW"]
         table(head, [status_row(facts) for facts in found])
     return 1 if any(facts["state"] not in (None, "ok") for facts in found) else 0
 
@@ -2440,21 +2457,25 @@ def status_row(facts: Mapping[str, Any]) -> list[str]:
     now += [f"{len(facts['waiting'])} wait"] if facts["waiting"] else []
     name = escape(f"{facts['repo']} {facts['branch']}")
     name = name if len(name) <= 32 else name[:31] + "~"
-    return [name, facts["state"] or "-", (facts["commit"] or "")[:7], ended, took, ", ".join(now)]
+    last = [str(facts["run"] or "-"), facts["state"] or "-", (facts["commit"] or "")[:7]]
+    return [name, *last, ended, took, ", ".join(now)]
 
 
 def show_log(config: Config, options: argparse.Namespace) -> int:
     """a run's output, by RUN or REPO BRANCH; the newest run's without"""
     words, names = options.words, "t.ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
     where = ["r.began IS NOT NULL", "r.id = ?", f"lower(t.repo) = lower(?) AND {names}"]
-    if len(words) > 2:
+    if len(words) > 2 or (len(words) == 1 and not words[0].isdigit()):
         raise SystemExit("hookd: log takes the number of a run, or REPO BRANCH")
-    values = [*words, *words[1:], *words[1:]]
-    store = Store(config.state)
-    rows = store.runs(f"WHERE {where[len(words)]} ORDER BY r.began DESC LIMIT 1", *values)
+    if not has_history(config):
+        return 1
+    values, order = [*words, *words[1:], *words[1:]], "ORDER BY r.began DESC, r.id DESC LIMIT 1"
+    rows = Store(config.state).runs(f"WHERE {where[len(words)]} {order}", *values)
     if not rows:
-        raise SystemExit("hookd: no such run; hookd.py status lists what ran")
-    watch(config, rows[0].id, options.follow)
+        raise SystemExit("hookd: no such run; hookd.py status has the last of each target")
+    (row,), end = rows, "" if rows[0].exit is None else f", exit {rows[0].exit}"
+    print(f"hookd: run {row.id} {row.state}{end}: {row.push} {row.note}".rstrip(), file=sys.stderr)
+    watch(config, row.id, options.follow)
     return 0
 
 
@@ -2507,6 +2528,8 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 78
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # `hookd.py log | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except PermissionError as error:
