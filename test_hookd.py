@@ -753,6 +753,14 @@ class Configuration(Case):
         self.assert_answer(daemon.push(), 403)
         self.assertEqual(daemon.hookd("check").code, 0)
 
+    def test_a_missing_credential_is_no_secret(self):
+        (self.home / "credentials").mkdir()
+        daemon = self.prepare(hook("true"), secret=None, secret_file="github",
+                              variables={"CREDENTIALS_DIRECTORY": str(self.home / "credentials")})
+        told = daemon.hookd("serve")
+        self.assertEqual(told.code, 78, told)
+        self.assertRegex(told.err, r"\[hookd\] secret_file: .*github")
+
     def test_a_secret_file_may_hold_two_secrets(self):
         (self.home / "secrets").write_text("the old one\nthe new one\n")
         daemon = self.serve(hook("true"), secret=None, secret_file=self.home / "secrets")
@@ -1103,6 +1111,10 @@ class Judgement(Case):
                 answer = daemon.post(push_of(repo=repo), secret=secret)
                 words = {403: "the secret is another repository's"}.get(status, "")
                 self.assert_answer(answer, status, words)
+        for payload, event in ((push_of("no-hook"), "push"), (push_of(), "ping")):
+            with self.subTest(event):
+                answer = daemon.post(payload, secret="of the shop", X_GitHub_Event=event)
+                self.assert_answer(answer, 403, "the secret is another repository's")
 
     def test_ping_is_answered_with_the_hooks_of_the_repository(self):
         daemon = self.serve(hook("true"), hook("true", "staging"))
@@ -1376,11 +1388,21 @@ class Delivery(Case):
                           ("no length", request(path="/hook", Content_Length=None) + smuggled),
                           ("chunked", request(path="/hook", Content_Length=None,
                                               Transfer_Encoding="chunked") + smuggled)):
-            with self.subTest(name), closing(daemon.connect()) as one, one.makefile("rb") as stream:
-                one.sendall(raw)
-                self.assertGreaterEqual(read_answer(stream).status, 400)
-                self.assertEqual(read_answer(stream).status, 0)
+            for there in (len(raw), len(raw) - len(smuggled)):  # when the answer is given
+                with self.subTest(name, there=there):
+                    self.check_smuggling(daemon, raw[:there], raw[there:])
         self.assertEqual(daemon.targets(), {})
+
+    def check_smuggling(self, daemon, raw, later):
+        """Send a refused request, then more of it and a ping: only the ping may be answered."""
+        ping = request(b"{}", path="/hook", X_GitHub_Event="ping")
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            one.sendall(raw)
+            self.assertGreaterEqual(read_answer(stream).status, 400)
+            with suppress(ConnectionError):
+                one.sendall(later + ping)
+            answer = read_answer(stream)
+            self.assertTrue(answer.status == 0 or "pong" in answer.text, answer)
 
     def test_an_answer_is_one_write(self):
         daemon = self.serve(hook("true"))
@@ -1880,9 +1902,10 @@ class Runs(Case):
                 self.assertEqual((target["state"], target["exit"]), (state, code))
 
     def test_a_command_that_fails_is_told_with_its_last_words(self):
-        daemon = self.serve(hook("echo the cause of it all; exit 3"))
+        daemon = self.serve(hook("printf 'the cause\\033[2J\\007\\200 of it all\\n'; exit 3"))
         daemon.push()
-        daemon.wait_for_log("the cause of it all")
+        daemon.wait_for_log("the cause.* of it all")
+        self.assertNotRegex(daemon.log, "[\0-\x09\x0b-\x1f\x7f-\x9f]")
 
     def test_the_directory_is_made_where_it_is_missing(self):
         daemon = self.serve(hook('touch here', "*",
@@ -3117,8 +3140,9 @@ class CommandLine(Case):
         if os.geteuid() == 0:
             self.open_to_nobody()
             more = {"user": NOBODY, "group": NOBODY}
-        for verb in ("status", "log"):
-            with self.subTest(verb):
+        for verb, mode in (("status", 0o644), ("log", 0o644), ("status", 0o600)):
+            with self.subTest(verb, ini=mode):
+                daemon.ini.chmod(mode if more or mode == 0o644 else 0)
                 told = daemon.hookd(verb, **more)
                 self.assertNotEqual(told.code, 0)
                 self.assertIn("sudo", told.err)
@@ -3128,7 +3152,7 @@ class CommandLine(Case):
     @unittest.skipUnless(os.geteuid() == 0, "only root becomes another")
     def test_root_becomes_the_owner_of_the_state(self):
         self.open_to_nobody()
-        daemon = self.prepare(hook('id -u >> "$HOME/who"', directory=self.home / "state/work"))
+        daemon = self.prepare(hook(f'id -u >> "{self.home}/who"'))
         daemon.state.mkdir(mode=0o700)
         os.chown(daemon.state, NOBODY, NOBODY)
         self.home.chmod(0o777)
