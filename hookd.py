@@ -965,6 +965,7 @@ class Store:
 
 PRIVATE = re.compile(
     rb"NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_.*|.*_DIRECTORY|INVOCATION_ID|JOURNAL_STREAM|HOOKD_.*")
+DAEMON_LOCK = "hookd\n"  # no `lock` of an ini ends in a newline
 ADVICE = {
     "dubious ownership": "the directory is another user's; chown -R it to the user hookd runs as",
     "Host key verification failed": "the remote's host key changed; compare, mend known_hosts",
@@ -1008,7 +1009,8 @@ def lock_file(state: str, name: str) -> str:
 def lock_names(hook: Hook, target: Target) -> list[str]:
     """Return what a run must have for itself: its directory, and `lock` where that is set."""
     lock = fill(hook.lock, target.repo, short_name(target.ref))
-    return [os.path.realpath(target.directory), *([lock] if lock else [])]
+    names = [os.path.realpath(target.directory), *([lock] if lock else [])]
+    return list(dict.fromkeys(names))  # the same twice would wait for itself
 
 
 def run_file(state: str, run: int, name: str = "") -> str:
@@ -1447,6 +1449,8 @@ class Server:
 
     def receive(self, connection: Connection) -> list[Arrival]:
         """Read what has come; return the request that it completes, if it does."""
+        if connection.whole or connection in self.pipelined:  # first what is here already
+            return []
         try:
             data = connection.sock.recv(CHUNK if connection.head else HEAD_MAX)
         except OSError as error:
@@ -2123,9 +2127,9 @@ def load(file: str, verb: str) -> Config:
     become_owner(text, base)
 
     def read_secret(name: str, is_default: bool) -> str:
+        import secrets
         path = name if is_default else secret_path(name, base)
         if is_default and not os.path.exists(path):
-            import secrets
             fresh = secrets.token_hex(32)
             if verb in ("serve", "secret"):
                 os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
@@ -2136,9 +2140,10 @@ def load(file: str, verb: str) -> Config:
             with open(path, encoding="utf-8") as secret:
                 return secret.read()
         except OSError:
-            # systemd hides credentials from ExecReload=, and most verbs need no secret.
-            if verb in ("run", "status", "log") or "CREDENTIALS_DIRECTORY" in os.environ:
-                return "unknown"
+            # systemd hides credentials from ExecReload=, and these verbs need no secret.
+            hidden = verb == "check" and "CREDENTIALS_DIRECTORY" in os.environ
+            if hidden or verb in ("run", "status", "log"):
+                return secrets.token_hex(32)  # that nobody knows
             raise
 
     return Ini(os.path.basename(file), base, read_secret).config(text, default_state(os.environ))
@@ -2171,7 +2176,7 @@ def serve(config: Config, options: argparse.Namespace) -> int:
     hard, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1], CONNECTIONS_MAX + 96
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
     make_state(config)
-    if take_locks(config.state, ["hookd"], f"hookd {os.getpid()}") is None:
+    if take_locks(config.state, [DAEMON_LOCK], f"hookd {os.getpid()}") is None:
         holder = daemon_pid(config)
         raise SystemExit(f"hookd: {config.state} is held by hookd {holder}; stop that one first")
     open_log(config.log)
@@ -2194,7 +2199,7 @@ def trim_memory() -> None:
 def daemon_pid(config: Config) -> int:
     """Return the pid of the hookd that serves this state, 0 where none does."""
     try:
-        with open(lock_file(config.state, "hookd"), encoding="utf-8") as file:
+        with open(lock_file(config.state, DAEMON_LOCK), encoding="utf-8") as file:
             holder = file.read().split()
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
