@@ -58,7 +58,7 @@ class Doctor(Scene):
         self.server.run("rm /home/git/.ssh/authorized_keys")
 
     def a_key_that_the_remote_does_not_know(self) -> None:
-        self._told(GOOD + "deploy_key = /var/lib/hookd/k\n", "octo/blog main", "deploy_key",
+        self._told(GOOD + "deploy_key = /var/lib/hookd/k\n", "octo/blog main", "key", ".pub",
                    online=True)
 
     def a_host_key_that_changed(self) -> None:

@@ -99,6 +99,20 @@ class Install(Scene):
         expect(same.returncode == 0, "/opt/hookd/hookd.py is not the new one")
         expect(self.server.target("octo/site", "main")["commit"] == sha("c"), "history is gone")
 
+    def an_update_with_a_broken_file_restarts_nothing(self) -> None:
+        """The README's update checks first: the running hookd goes on."""
+        before = self.server.main_pid()
+        self.server.run("cp /home/laptop/hookd/hookd.py /tmp/good"
+                        " && echo 'def half(' >>/home/laptop/hookd/hookd.py")
+        try:
+            self.server.type_on_laptop(block("update"))
+        except FailedError:
+            expect(self.server.main_pid() == before, "it was restarted")
+            self.server.run("cp /tmp/good /home/laptop/hookd/hookd.py")
+            self.server.type_on_laptop(block("update"))
+            return
+        raise FailedError("the update succeeded")
+
     def removal_leaves_nothing(self) -> None:
         """Unit, files, state and user are gone."""
         self.server.type_on_server(block("remove"))

@@ -145,6 +145,17 @@ class Unit(Scene):
         self.server.write("/opt/hookd/hookd.ini", SITE)
         self.server.run("systemctl start hookd")
 
+    def a_crash_loop_ends_and_says_so(self) -> None:
+        """The unit's start limit; mended, it starts again."""
+        self.server.run("mv /opt/hookd/hookd.py /opt/hookd/good"
+                        " && echo 'raise SystemExit(1)' >/opt/hookd/hookd.py")
+        self.server.run("systemctl restart hookd", check=False)
+        wait_until("systemd gives up", lambda: self.server.out(
+            "systemctl is-failed hookd || true") == "failed", 60)
+        self.note(f"after {self.server.out('systemctl show -P NRestarts hookd')} restarts")
+        self.server.run("mv /opt/hookd/good /opt/hookd/hookd.py && systemctl reset-failed hookd"
+                        " && systemctl start hookd")
+
     def a_changed_listen_is_noticed(self) -> None:
         """The stored socket is not used for another address; the old one is closed."""
         self.server.configure("[hookd]\nlisten = 127.0.0.1:9001\n" + SITE, restart=True)
