@@ -46,7 +46,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
@@ -66,6 +66,7 @@ NOISE_SECONDS = 60.0
 LINE_MAX, HEAD_MAX, FIELDS_MAX = 8 * 1024, 16 * 1024, 100  # GitHub's heads have about 1 KB
 BODIES_MAX = 32 * 1024**2  # all bodies in flight together
 CONNECTIONS_MAX = 4000
+SPARE_FILES = 64  # descriptors for all but connections and jobs
 CHUNK = 256 * 1024
 OUTPUT_HEAD, OUTPUT_TAIL = 1024**2, 256 * 1024  # what is kept of a run's output
 VARIABLE_MAX = 64 * 1024
@@ -139,11 +140,14 @@ class Target(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Hold what judgement made of a signed delivery; with 202 it is to be queued."""
+    """Hold what judgement made of a signed delivery.
+
+    With 202 the push is to be queued; with 200 and a hook, to be noted as passed over.
+    """
 
     status: int
     text: str
-    hook: Any = None  # Hook
+    hook: Hook | None = None
     push: Push | None = None
     payload: bytes | bytearray = b""
 
@@ -343,16 +347,17 @@ class Config:
     allow_from: tuple[Any, ...] = key("", networks)
 
     @cached_property
-    def by_repo(self) -> dict[str, list[Hook]]:
-        return {}  # filled by hooks_for: a push costs no more for a thousand other sections
+    def by_repo(self) -> Mapping[str, list[tuple[int, Hook]]]:
+        found: dict[str, list[tuple[int, Hook]]] = {}
+        for place, hook in enumerate(self.hooks.values()):
+            found.setdefault(hook.repo.lower(), []).append((place, hook))
+        return found
 
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         names = (repo.lower(), repo.lower().split("/")[0] + "/*")
-        if names[0] not in self.by_repo:
-            mine = [hook for hook in self.hooks.values() if hook.repo.lower() in names]
-            self.by_repo[names[0]] = mine
-        return self.by_repo[names[0]]
+        found = [pair for name in names for pair in self.by_repo.get(name, ())]
+        return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
 
 
 DAEMON_KEYS = {f.name: f.metadata for f in fields(Config) if f.metadata}
@@ -378,7 +383,7 @@ class Ini:
         self.place, self.base, self.read_secret = place, base, read_secret
         self.problems: list[str] = []
         self.found: dict[str, tuple[bytes, ...]] = {}  # secrets by the level that sets them
-        self.ini = self.parser(strict=True)
+        self.ini = self.parser(strict=False)
 
     @staticmethod
     def parser(strict: bool) -> IniParser:
@@ -407,20 +412,19 @@ class Ini:
         return Config(self.place, hooks, secrets, every, **daemon)
 
     def parse(self, text: str) -> None:
-        """Let configparser read; after a duplicate the rest is still looked at."""
+        """Let configparser read: leniently, and strictly once more to find a duplicate."""
         try:
             self.ini.read_string(text)
-        except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
-            fault = f"is there twice (line {error.lineno}); keep one"
-            self.problem(error.section, getattr(error, "option", ""), fault)
-            self.ini = self.parser(strict=False)
-            with contextlib.suppress(configparser.ParsingError):
-                self.ini.read_string(text)
         except configparser.ParsingError as error:  # its own words would show a secret's line
             first = getattr(error, "lineno", 0)
             numbers = [first] if first else [line for line, _ in error.errors]
             fault = "is no [section] and no `key = value`; indent it if it continues the one above"
             raise ConfigError(*(f"{self.place}: line {n} {fault}" for n in numbers)) from None
+        try:
+            self.parser(strict=True).read_string(text)
+        except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+            fault = f"is there twice (line {error.lineno}); keep one"
+            self.problem(error.section, getattr(error, "option", ""), fault)
 
     def problem(self, section: str, key: str, fault: str) -> None:
         where = f"{self.place}: [{section}] {key}".rstrip()
@@ -505,7 +509,7 @@ SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "conten
 COMMIT = re.compile("[0-9a-f]{40}(?:[0-9a-f]{24})?")
 # git-check-ref-format(1). No part begins with a dot: refs name folders.
 REF = re.compile(
-    r"refs/(?:heads|tags)(?!.*(?://|\.\.|@\{|\.lock(?:/|$)|[/.]$))"
+    r"(?=.{1,1024}$)refs/(?:heads|tags)(?!.*(?://|\.\.|@\{|\.lock(?:/|$)|[/.]$))"
     r"(?:/[^\x00-\x20\x7f~^:?*\[\\/.\ud800-\udfff][^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]*)+")
 
 
@@ -605,10 +609,9 @@ def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
     raise Refusal(403, "signature does not match")
 
 
-def decide(config: Config, request: Request, body: Body) -> Decision:
-    """Judge a whole delivery: what to answer, or for which hook to queue what."""
+def decide(config: Config, request: Request, body: Body, secret: bytes) -> Decision:
+    """Judge a delivery signed with `secret`: what to answer, or for which hook to queue what."""
     fields = request.fields
-    secret = authenticate(config.all_secrets, fields["x-hub-signature-256"], body)
     payload, data = read_payload(body, fields["content-type"].lower().startswith(FORM))
     event, repo = fields.get("x-github-event", ""), ""
     if not event:
@@ -811,23 +814,32 @@ class Store:
     def connect(self) -> sqlite3.Connection:
         """Return the connection, opened and its tables made if need be."""
         if self.db is None:
-            db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-            try:
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version < SCHEMA_VERSION:
-                    db.executescript(SCHEMA)
-            except sqlite3.OperationalError:
-                raise
-            except sqlite3.DatabaseError as error:
-                remedy = "move it away, hookd makes a new one"
-                raise ConfigError(f"{self.path}: {error}; {remedy}") from None
-            if version > SCHEMA_VERSION:
-                fault = f"is of a newer hookd (user_version {version})"
-                raise ConfigError(f"{self.path}: {fault}; use that one")
-            self.db = db
+            with contextlib.ExitStack() as undo:
+                db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+                undo.callback(db.close)
+                try:
+                    db.execute("PRAGMA journal_mode = WAL")
+                    db.execute("PRAGMA synchronous = FULL")
+                    version = db.execute("PRAGMA user_version").fetchone()[0]
+                    if version < SCHEMA_VERSION:
+                        db.executescript(SCHEMA)
+                except sqlite3.OperationalError:
+                    raise
+                except sqlite3.DatabaseError as error:
+                    remedy = "move it away, hookd makes a new one"
+                    raise ConfigError(f"{self.path}: {error}; {remedy}") from None
+                if version > SCHEMA_VERSION:
+                    fault = f"is of a newer hookd (user_version {version})"
+                    raise ConfigError(f"{self.path}: {fault}; use that one")
+                undo.pop_all()
+            self.db, self.stat = db, os.stat(self.path)
         return self.db
+
+    def is_same_file(self) -> bool:
+        """Tell whether the file that is open still stands under its name."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(self.path), self.stat)
+        return False
 
     def close(self) -> None:
         if self.db:
@@ -837,6 +849,8 @@ class Store:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make all that is written inside stand on disk together, or not at all."""
+        if self.db and not self.is_same_file():
+            self.close()
         self.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -911,14 +925,16 @@ class Store:
 
     def finish(self, run: int, outcome: Outcome, commit: str, duration: float) -> None:
         """Record how a run ended."""
+        # What was considered while it ran stays the newest.
+        self.execute(
+            """UPDATE targets SET last_run = ?2, last_state = ?3,
+            newest = CASE newest WHEN (SELECT commit_id FROM runs WHERE id = ?2) THEN ?1
+            ELSE newest END, last_good = CASE ?3 WHEN 'ok' THEN ?1 ELSE last_good END
+            WHERE id = (SELECT target FROM runs WHERE id = ?2)""", commit, run, outcome.state)
         self.execute(
             """UPDATE runs SET state = ?1, exit = ?2, note = ?3, commit_id = ?4, ended = ?5,
             duration = ?6, payload = CASE ?1 WHEN 'interrupted' THEN payload END
             WHERE id = ?7""", *outcome, commit, time.time(), duration, run)
-        self.execute(
-            """UPDATE targets SET newest = ?1, last_run = ?2, last_state = ?3,
-            last_good = CASE ?3 WHEN 'ok' THEN ?1 ELSE last_good END
-            WHERE id = (SELECT target FROM runs WHERE id = ?2)""", commit, run, outcome.state)
 
     def prune(self, key: int, keep: int) -> list[int]:
         """Forget all but the newest finished runs of a target; return those that had begun."""
@@ -984,12 +1000,16 @@ def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | Non
     """Return descriptors that hold all these locks, None while somebody has one; never waits."""
     files: list[int] = []
     for name in names:
-        files.append(os.open(lock_file(state, name), os.O_RDWR | os.O_CREAT, 0o600))
         try:
+            os.makedirs(os.path.join(state, "locks"), 0o700, exist_ok=True)
+            files.append(os.open(lock_file(state, name), os.O_RDWR | os.O_CREAT, 0o600))
             fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             free_locks(files)
             return None
+        except OSError:
+            free_locks(files)
+            raise
         with contextlib.suppress(OSError):  # it is for people; on a full disk they do without
             os.ftruncate(files[-1], os.write(files[-1], f"{holder} {name}\n".encode()))
     return files
@@ -1032,7 +1052,10 @@ class Output:
     def write(self, data: bytes) -> None:
         self.recent = (self.recent + data)[-4096:]
         if self.echo:
-            self.echo(data)
+            try:
+                self.echo(data)
+            except OSError:  # nobody looks on any more; the run goes on
+                self.echo = None
         self.put(data[: self.room])
         self.tail += data[self.room :]
         self.room = max(self.room - len(data), 0)
@@ -1062,7 +1085,7 @@ class Job:
     def __init__(self, run: Run, hook: Hook, state: str, locks: list[int]) -> None:
         self.run, self.hook, self.state, self.locks = run, hook, state, locks
         self.commit, self.directory = run.push.commit, run.target.directory
-        self.recent = b""  # the last of the output
+        self.payload, self.recent = b"{}", b""  # the JSON; the last of the output
         self.verdict = self.why = ""  # how the run is to end, where it does not by itself
         self.echo: Callable[[bytes], None] | None = None
 
@@ -1071,14 +1094,14 @@ class Job:
         if not self.verdict:
             self.verdict, self.why = state, why
 
-    def perform(self, payload: bytes) -> Outcome:
+    def perform(self) -> Outcome:
         """Do all that the hook says; an error of the system is an Outcome too."""
         files = [run_file(self.state, self.run.id, n) for n in ("", "payload.json", "output.log")]
         began = time.monotonic()
         try:
             os.makedirs(files[0], 0o700, exist_ok=True)
             with open(files[1], "wb", opener=private) as file:
-                file.write(payload)
+                file.write(self.payload)
             self.output = Output(files[2], self.echo)
         except OSError as error:
             return Outcome("failed", 1, str(error))
@@ -1153,7 +1176,11 @@ class Job:
             arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks)
         with child:
-            self.follow(child, child.stdout.fileno(), deadline)  # type: ignore[union-attr]
+            try:
+                self.follow(child, child.stdout.fileno(), deadline)  # type: ignore[union-attr]
+            finally:
+                if child.returncode is None:
+                    signal_group(child.pid, signal.SIGKILL)
         if end_group(child.pid, 0.25) and not self.verdict and arguments[0] != "git":
             self.say("ended the processes that the script left behind in its process group")
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
@@ -1223,6 +1250,7 @@ def end_survivors(state: str, run: int) -> int:
             group = os.getpgid(int(name))
             with open(f"/proc/{name}/environ", "rb") as file:
                 groups |= {group} if mark in file.read().split(b"\0") else set()
+    groups.discard(os.getpgrp())  # a run may have started this hookd
     for group in groups:
         end_group(group)
     return len(groups)
@@ -1236,6 +1264,9 @@ def check_out(job: Job, deadline: float) -> Outcome | None:
     """
     directory, url = job.directory, fill(job.hook.git, job.run.push.repo, "")
     environ = job.environment({}) | git_environment(job.hook, job.state)
+    # A repository that is no more must not have git find the one around it.
+    above = os.path.dirname(os.path.realpath(directory))
+    environ[b"GIT_CEILING_DIRECTORIES"] = os.fsencode(above)
     inside, git = os.listdir(directory), os.path.join(directory, ".git")
     if inside and ".git" not in inside:
         remedy = "empty it, or set another directory"
@@ -1246,15 +1277,19 @@ def check_out(job: Job, deadline: float) -> Outcome | None:
         fault = f"{directory} is a clone of {have or 'nothing'}, not of {url}"
         return Outcome("failed", 1, f"{fault}; if it may become one: {remedy}")
     break_locks(git)
-    steps = [] if have else [["init", "-q"], ["config", "remote.origin.url", url]]
+    sound = have and os.path.exists(f"{git}/HEAD")
+    steps = [] if sound else [["init", "-q"], ["config", "remote.origin.url", url]]
     steps += [["fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no", "origin",
                job.run.push.ref], ["checkout", "-q", "--force", "--detach", "FETCH_HEAD"]]
+    healed = False
     while steps:
         step = steps.pop(0)
         # A gc that detaches would leave the run's process group and work on without its lock.
         code = job.child(["git", "-c", "gc.autoDetach=false", *step], environ, directory, deadline)
-        if code and b"index file" in job.output.recent and os.path.exists(f"{git}/index"):
-            os.unlink(f"{git}/index")  # cut short by a crash: git makes it anew
+        if code and b"index file" in job.output.recent and not healed and not job.verdict:
+            healed = True
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{git}/index")  # cut short by a crash: git makes it anew
             steps.insert(0, step)
         elif code or job.verdict:
             words = job.output.recent.decode("utf-8", "replace")
@@ -1262,8 +1297,9 @@ def check_out(job: Job, deadline: float) -> Outcome | None:
         elif step[0] == "checkout" and os.path.exists(os.path.join(directory, ".gitmodules")):
             steps += [["submodule", "-q", "sync", "--recursive"],
                       ["submodule", "-q", "update", "--init", "--recursive", "--force"]]
-    job.commit = ask_git(["rev-parse", "HEAD"], environ, directory)[1].strip()
-    return None
+    code, head, errors = ask_git(["rev-parse", "HEAD"], environ, directory)
+    job.commit = head.strip() or job.commit
+    return Outcome("failed", code, advice(errors) or "git rev-parse failed") if code else None
 
 
 def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
@@ -1365,7 +1401,7 @@ class Server:
         self.selector.register(wake, selectors.EVENT_READ)
         self.listeners: list[socket.socket] = []
         self.tls: ssl.SSLContext | None = None
-        self.room, self.held = BODIES_MAX, 0
+        self.room, self.held, self.most = BODIES_MAX, 0, CONNECTIONS_MAX
         self.pipelined: list[Connection] = []  # answered, with the next request in the buffer
         # In the order of deadlines: who gets a new one moves to the end.
         self.connections: OrderedDict[Connection, None] = OrderedDict()
@@ -1415,7 +1451,7 @@ class Server:
                     return
                 self.drop(next(iter(self.connections)))
                 continue
-            if len(self.connections) >= CONNECTIONS_MAX:
+            if len(self.connections) >= self.most:
                 self.drop(next(iter(self.connections)))
             host = peer[0].removeprefix("::ffff:") if isinstance(peer, tuple) else ""
             connection = Connection(sock, host)
@@ -1595,7 +1631,9 @@ class LogHandler(logging.Handler):
         poll = select.poll()
         poll.register(2, select.POLLOUT)
         with contextlib.suppress(OSError):
-            return poll.poll(0) == [(2, select.POLLOUT)] and os.write(2, line) > 0
+            if poll.poll(0) == [(2, select.POLLOUT)]:
+                os.write(2, line[: select.PIPE_BUF])  # a writable pipe has as much room (pipe(7))
+                return True
         return False
 
 
@@ -1633,7 +1671,7 @@ class Noise:
 
 def notify(text: str, *files: int) -> None:
     """Tell systemd, where it listens (sd_notify(3)); descriptors go with FDSTORE=1."""
-    path = os.environ.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
+    path = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
     if path:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.connect(path)
@@ -1644,8 +1682,10 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
     """Take the listening sockets that systemd passed, by name (sd_listen_fds(3))."""
     found: dict[str, list[socket.socket]] = {}
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        for place, name in enumerate(os.environ.get("LISTEN_FDNAMES", "").split(":")):
+        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+        for place in range(int(os.environ.get("LISTEN_FDS", "0"))):
             os.set_inheritable(3 + place, False)
+            name = names[place] if place < len(names) else ""
             found.setdefault(name, []).append(socket.socket(fileno=3 + place))
     return found
 
@@ -1701,6 +1741,14 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 # thread through a socket, as signals do, and the thread that asks remotes.
 
 
+def start_thread(target: Callable[..., None], *arguments: Any) -> None:
+    """Start a thread that dies with the process; raise OSError where there is no room for it."""
+    try:
+        threading.Thread(target=target, args=arguments, daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
+
+
 class Daemon:
     """Serve until told to stop; callers call `serve`, once. `load` reads the ini anew."""
 
@@ -1711,6 +1759,8 @@ class Daemon:
         self.ended: list[tuple[Job, Outcome, float]] = []  # from the jobs' threads
         self.found: list[tuple[Hook, Push]] = []  # from the thread that asks remotes
         self.calm: dict[Target, tuple[float, float]] = {}  # first and newest push behind a run
+        self.after: list[Callable[[], Any]] = []  # what waits for the transaction to be on disk
+        self.waits: set[int] = set()  # the runs of which it was told that they wait for a lock
         self.signals: list[int] = []
         self.look_at = 0.0  # when the queue is looked at next
         self.stop_at = NEVER  # when running jobs are ended
@@ -1735,12 +1785,13 @@ class Daemon:
         self.apply(self.config, passed_sockets())
         log.info("listening on %s", bound_address(self.server.listeners[0]))
         notify("READY=1")
-        while self.stop_at == NEVER or self.jobs:
+        while self.stop_at == NEVER or len(self.jobs) > len(self.ended):
             try:
                 self.turn()
             except Exception:
                 log.exception("a bug in hookd; it goes on, please report this")
                 self.server.fail()
+                self.look_at = time.monotonic() + 1
         self.part()
         return 0
 
@@ -1783,12 +1834,18 @@ class Daemon:
         self.server.reply(connection, 200 if quiet else status, "ok" if quiet else text)
 
     def judge(self, arrival: Arrival) -> list[tuple[Arrival, Decision]]:
-        """Answer what is not to be queued; return what is."""
+        """Answer a delivery that is not for the queue; return one that is."""
+        config, request = self.config, arrival.request
         try:
-            decision = decide(self.config, arrival.request, arrival.body)
+            signature = request.fields["x-hub-signature-256"]
+            secret = authenticate(config.all_secrets, signature, arrival.body)
         except Refusal as refusal:
             self.refused(arrival.connection, refusal)
             return []
+        try:
+            decision = decide(config, request, arrival.body, secret)
+        except Refusal as refusal:  # of a sender who is known
+            decision = Decision(refusal.status, refusal.reason)
         if decision.hook:
             return [(arrival, decision)]
         self.tell(arrival, decision.status, decision.text)
@@ -1798,17 +1855,19 @@ class Daemon:
         """Answer a signed delivery and log the same."""
         client, delivery = arrival.connection.client or "unix", delivery_id(arrival)
         self.answer(arrival.connection, status, text)
-        level = logging.INFO if status < 400 else logging.ERROR
+        level = {2: logging.INFO, 4: logging.WARNING}.get(status // 100, logging.ERROR)
         log.log(level, "%s delivery=%s client=%s", text, delivery, client)
 
     def advance(self, accepted: Sequence[tuple[Arrival, Decision]]) -> None:
         """Take a step of the queue, in one transaction: what ended, what came, what begins.
 
-        Its one fsync stands before all that depends on it: the answers, and the runs begun.
+        Inside it only the database is touched. All that depends on it comes when it is on disk:
+        the answers, the runs begun, and whatever stands in `after`.
         """
         self.look_at, now = NEVER, time.monotonic()
-        ended, found = self.ended[:], self.found[:]
-        begun: list[tuple[Job, bytes]] = []
+        ended, found, committed = self.ended[:], self.found[:], False
+        begun: list[Job] = []
+        self.after.clear()
         try:
             with self.store.transaction():
                 self.recover()
@@ -1816,28 +1875,32 @@ class Daemon:
                     self.store.finish(job.run.id, outcome, job.commit, duration)
                     key = self.store.target_id(job.run.target)
                     for old in self.store.prune(key, self.config.keep):
-                        forget(self.config.state, old)
+                        self.after.append(partial(forget, self.config.state, old))
                 answers = [self.enqueue(*pair) for pair in accepted]
                 for hook, push in found:
                     self.catch_up(hook, push)
                 self.dispatch({job.run.id for job, *_ in ended}, begun)
+            committed = True
         except (sqlite3.Error, OSError, ConfigError) as error:
             if accepted or now >= self.complain_at:
                 log.error("the queue cannot be written: %s state=%s", error, self.config.state)
                 self.complain_at = now + NOISE_SECONDS
-            for job, _ in begun:
-                free_locks(job.locks)
             answers = [(503, "it cannot be kept now, send it again later")] * len(accepted)
-            ended, found, begun, self.look_at = [], [], [], now + 1
+        finally:
+            if not committed:
+                for job in begun:
+                    free_locks(job.locks)
+                ended, found, begun, self.look_at = [], [], [], now + 1
+                self.after.clear()
         for (arrival, _), answer in zip(accepted, answers):
             self.tell(arrival, *answer)
+        for effect in self.after:
+            effect()
         for job, *_ in ended:
             del self.jobs[job.run.id]
         del self.ended[: len(ended)], self.found[: len(found)]
-        for job, payload in begun:
-            self.calm.pop(job.run.target, None)
-            self.jobs[job.run.id] = job
-            threading.Thread(target=self.work, args=(job, payload), daemon=True).start()
+        for job in begun:
+            self.begin(job)
         self.tell_systemd()
 
     def enqueue(self, arrival: Arrival, decision: Decision) -> tuple[int, str]:
@@ -1860,7 +1923,7 @@ class Daemon:
         if hook.queue != "every" and (running or target in self.calm):
             self.calm[target] = (self.calm.get(target, (now, now))[0], now)
         for job in running if hook.queue == "replace" else ():
-            job.end("cancelled", f"by run {number}")
+            self.after.append(partial(job.end, "cancelled", f"by run {number}"))
             replaced.append(job.run.id)
         place = "".join(f", in place of run {old}" for old in replaced)
         return 202, f"queued run {number}: {push}{place}"
@@ -1870,35 +1933,41 @@ class Daemon:
         key = self.store.target_id(hook.target(push))
         if self.store.is_news(key, push.commit):
             number = self.store.add(key, push, "catch-up", push_json(push))
-            log.info("queued run %d: %s, found by catch-up", number, push)
+            told = ("queued run %d: %s, found by catch-up", number, push)
+            self.after.append(partial(log.info, *told))
 
     # ---- runs
 
     def recover(self) -> None:
         """At the start, find what was cut off; once its survivors are ended, queue it again."""
         if self.cut is None:
-            self.cut = self.store.cut_off()
-            threading.Thread(target=self.clean_up, args=(self.cut,), daemon=True).start()
+            cut = self.store.cut_off()
+            start_thread(self.clean_up, cut)
+            self.cut = cut
         elif self.recovered and self.cut:
             for run in self.cut:
                 again = "runs again" if self.store.requeue(run) else "stays so"
-                log.warning("run %d was interrupted and %s: %s", run.id, again, run.push)
+                told = ("run %d was interrupted and %s: %s", run.id, again, run.push)
+                self.after.append(partial(log.warning, *told))
                 hook = self.config.hooks.get(run.target.hook)
                 if hook and hook.queue != "every":
                     self.store.supersede(self.store.target_id(run.target))
-            self.cut = []
+            self.after.append(self.cut.clear)
 
     def clean_up(self, cut: Sequence[Run]) -> None:
         """End what a killed hookd left running: the root of a thread."""
-        for run in cut:
-            if end_survivors(self.config.state, run.id):
-                log.warning("run %d had outlived hookd and was ended: %s", run.id, run.push)
-        self.recovered = True
+        try:
+            for run in cut:
+                if end_survivors(self.config.state, run.id):
+                    log.warning("run %d had outlived hookd and was ended: %s", run.id, run.push)
+        except Exception:
+            log.exception("a bug in hookd, at recovery; please report this")
+        self.recovered = True  # safe in any case: what survives holds its lock
         self.wake()
 
-    def dispatch(self, ended: set[int], begun: list[tuple[Job, bytes]]) -> None:
-        """Begin what can begin: oldest first, one a target, while jobs and locks are free."""
-        now, state = time.monotonic(), self.config.state
+    def dispatch(self, ended: set[int], begun: list[Job]) -> None:
+        """Choose what begins: oldest first, one a target, while jobs and locks are free."""
+        now = time.monotonic()
         busy = {job.run.target for number, job in self.jobs.items() if number not in ended}
         if self.stop_at != NEVER or not self.recovered or len(busy) >= self.config.jobs:
             return
@@ -1906,32 +1975,58 @@ class Daemon:
             hook = self.config.hooks.get(run.target.hook)
             if hook is None:
                 self.store.dismiss(run.id, "cancelled", "hookd.ini has no such hook any more")
+                told = ("run %d cancelled, its hook is no more: %s", run.id, run.push)
+                self.after.append(partial(log.warning, *told))
             elif run.target not in busy and len(busy) + len(begun) < self.config.jobs:
                 # A burst is one run and one more: what comes behind a run waits for its end.
                 first, newest = self.calm.get(run.target, (now - 1.0, now - 1.0))
                 due = min(first + 1.0, newest + 0.05)
-                if now < due:
-                    self.look_at = min(self.look_at, due)
-                    continue
-                holder = f"hookd {os.getpid()} run {run.id}"
-                locks = take_locks(state, lock_names(hook, run.target), holder)
-                if locks is None:  # perhaps another process's
-                    self.look_at = min(self.look_at, now + 0.5)
+                job = self.job(run, hook) if now >= due else None
+                if job:
+                    begun.append(job)
+                    job.payload = self.store.begin(run.id)
                 else:
-                    begun.append((Job(run, hook, state, locks), self.store.begin(run.id)))
+                    self.look_at = min(self.look_at, max(due, now + 0.5 * (now >= due)))
 
-    def work(self, job: Job, payload: bytes) -> None:
+    def job(self, run: Run, hook: Hook) -> Job | None:
+        """Return a run's Job with its locks; None while another process has them, which is told."""
+        state, holder = self.config.state, f"hookd {os.getpid()} run {run.id}"
+        try:
+            locks, problem = take_locks(state, lock_names(hook, run.target), holder), "held"
+        except (OSError, ValueError) as error:
+            locks, problem = None, str(error)
+        if locks is None and run.id not in self.waits:
+            path = lock_file(state, lock_names(hook, run.target)[0])
+            log.info("run %d waits for a lock: %s: %s file=%s", run.id, problem, run.push, path)
+            self.waits.add(run.id)
+        return None if locks is None else Job(run, hook, state, locks)
+
+    def begin(self, job: Job) -> None:
+        """Give a job its thread."""
+        self.calm.pop(job.run.target, None)
+        self.waits.discard(job.run.id)
+        self.jobs[job.run.id] = job
+        try:
+            start_thread(self.work, job)
+        except OSError as error:
+            self.end_job(job, Outcome("failed", 1, str(error)), 0.0)
+
+    def work(self, job: Job) -> None:
         """Carry out a run: the root of its thread."""
         run, began = job.run, time.monotonic()
-        log.info("run %d began: %s delivery=%s", run.id, run.push, run.delivery)
         try:
-            outcome = job.perform(payload)
+            log.info("run %d began: %s delivery=%s", run.id, run.push, run.delivery)
+            outcome = job.perform()
         except Exception:
             log.exception("a bug in hookd, in run %d; please report this", run.id)
             outcome = Outcome("failed", 1, "a bug in hookd; its log has it")
-        report(job, outcome, time.monotonic() - began)
+        self.end_job(job, outcome, time.monotonic() - began)
+
+    def end_job(self, job: Job, outcome: Outcome, duration: float) -> None:
+        """Hand a run's end to the main thread."""
+        report(job, outcome, duration)
         free_locks(job.locks)
-        self.ended.append((job, outcome, time.monotonic() - began))
+        self.ended.append((job, outcome, duration))
         self.wake()
 
     # ---- beginning, changing, ending
@@ -1942,6 +2037,8 @@ class Daemon:
         listeners = self.listeners(config.listen, passed)
         self.server.tls, self.config = tls, config
         self.server.room = max(BODIES_MAX, config.max_body + HEAD_MAX)
+        spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES - 16 * config.jobs
+        self.server.most = max(16, min(CONNECTIONS_MAX, spare))
         self.server.listen(listeners)
         with contextlib.suppress(OSError), open(f"{config.state}/address", "w") as file:
             file.write(str(bound_address(listeners[0])))
@@ -1985,9 +2082,12 @@ class Daemon:
     def reload(self) -> None:
         try:
             config = self.load()
-            if config.state != self.config.state:
-                raise ConfigError(f"{config.place}: [hookd] state: changed; restart hookd for that")
+            for key in ("state", "log"):
+                if getattr(config, key) != getattr(self.config, key):
+                    fault = f"[hookd] {key}: changed; restart hookd for that"
+                    raise ConfigError(f"{config.place}: {fault}")
             self.apply(config, {})
+            self.remotes.next.clear()
             self.remotes.at = 0.0
             where = bound_address(self.server.listeners[0])
             log.info("reloaded: listening on %s hooks=%d", where, len(config.hooks))
@@ -2000,6 +2100,7 @@ class Daemon:
         """Answer those who are here; who comes now waits in the kernel for the next hookd."""
         listeners = self.server.listeners
         self.server.listen([])
+        self.advance([])  # what ended last
         self.stop_at = time.monotonic() + PART_SECONDS
         while self.server.connections and time.monotonic() < self.stop_at:
             self.turn()
@@ -2033,15 +2134,20 @@ class Remotes:
         hooks = [hook for hook in self.daemon.config.hooks.values()
                  if hook.git and hook.catch_up and hook.event == "push"]
         due = [hook for hook in hooks if self.next.get(hook.section, 0.0) <= now]
+        self.at = now + NOISE_SECONDS
+        try:
+            for hook in due:
+                if hook.repo.endswith("/*"):  # those that hookd has heard of
+                    sql = "SELECT DISTINCT repo FROM targets WHERE hook = ?"
+                    rows = self.daemon.store.execute(sql, hook.section)
+                    repos[hook.section] = [repo for (repo,) in rows]
+            start_thread(self.ask, due, repos)
+        except (sqlite3.Error, OSError, ConfigError) as error:
+            log.error("remotes cannot be asked now: %s", error)
+            return
         self.next = {hook.section: self.next.get(hook.section, 0.0) for hook in hooks}
         self.next.update((hook.section, now + hook.catch_up) for hook in due)
-        for hook in due:
-            if hook.repo.endswith("/*"):  # those that hookd has heard of
-                sql = "SELECT DISTINCT repo FROM targets WHERE hook = ?"
-                rows = self.daemon.store.execute(sql, hook.section)
-                repos[hook.section] = [repo for (repo,) in rows]
-        self.at = NEVER  # until the thread is through
-        threading.Thread(target=self.ask, args=(due, repos), daemon=True).start()
+        self.at = NEVER if due else min(self.next.values(), default=NEVER)
 
     def ask(self, hooks: Sequence[Hook], repos: Mapping[str, list[str]]) -> None:
         """Ask for each hook, one after the other: the root of a thread."""
@@ -2069,7 +2175,7 @@ class Remotes:
         self.down.discard(remote)
         for ref, commit in branches.items():
             push = Push("push", repo, ref, commit)
-            if hook is next((h for h in config.hooks_for(repo) if h.matches(push)), None):
+            if hook == next((h for h in config.hooks_for(repo) if h.matches(push)), None):
                 self.daemon.found.append((hook, push))
 
 
@@ -2128,23 +2234,28 @@ def load(file: str, verb: str) -> Config:
 
     def read_secret(name: str, is_default: bool) -> str:
         import secrets
+        nobody_knows = secrets.token_hex(32)
         path = name if is_default else secret_path(name, base)
-        if is_default and not os.path.exists(path):
-            fresh = secrets.token_hex(32)
-            if verb in ("serve", "secret"):
-                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-                with open(path, "x", encoding="utf-8", opener=private) as new:
-                    new.write(fresh + "\n")
-            return fresh
         try:
             with open(path, encoding="utf-8") as secret:
                 return secret.read()
-        except OSError:
-            # systemd hides credentials from ExecReload=, and these verbs need no secret.
-            hidden = verb == "check" and "CREDENTIALS_DIRECTORY" in os.environ
-            if hidden or verb in ("run", "status", "log"):
-                return secrets.token_hex(32)  # that nobody knows
-            raise
+        except FileNotFoundError:
+            if is_default and verb in ("serve", "secret"):
+                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+                with open(path, "x", encoding="utf-8", opener=private) as new:
+                    new.write(nobody_knows + "\n")
+            if is_default:
+                return nobody_knows
+            problem: OSError = FileNotFoundError(f"no {path}")
+        except OSError as error:
+            problem = error
+        # These verbs need no secret, and systemd shows ExecReload= no credentials.
+        if verb in ("run", "status", "log") or (
+                verb == "check" and "CREDENTIALS_DIRECTORY" in os.environ):
+            return nobody_knows
+        if is_default:
+            raise SystemExit(f"hookd: {problem}; try it with sudo")
+        raise problem
 
     return Ini(os.path.basename(file), base, read_secret).config(text, default_state(os.environ))
 
@@ -2157,7 +2268,10 @@ def become_owner(text: str, base: str) -> None:
     named = ini.get("hookd", "state", fallback="")
     state = os.path.join(base, named) if named else default_state(os.environ)
     if os.geteuid() == 0 and os.path.isdir(state) and os.stat(state).st_uid:
-        owner = pwd.getpwuid(os.stat(state).st_uid)
+        try:
+            owner = pwd.getpwuid(os.stat(state).st_uid)
+        except KeyError:
+            raise SystemExit(f"hookd: {state} belongs to a user without a name; chown it") from None
         os.initgroups(owner.pw_name, owner.pw_gid)
         os.setgid(owner.pw_gid)
         os.setuid(owner.pw_uid)
@@ -2173,8 +2287,10 @@ def make_state(config: Config) -> None:
 
 def serve(config: Config, options: argparse.Namespace) -> int:
     """the daemon (the default verb)"""
-    hard, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1], CONNECTIONS_MAX + 96
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS_MAX + SPARE_FILES + 16 * config.jobs  # one for each connection
+    wanted = max(soft, wanted if hard < 0 else min(wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     make_state(config)
     if take_locks(config.state, [DAEMON_LOCK], f"hookd {os.getpid()}") is None:
         holder = daemon_pid(config)
@@ -2203,7 +2319,7 @@ def daemon_pid(config: Config) -> int:
             holder = file.read().split()
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return int(holder[1])
+        return int(holder[1]) if holder[1:] else 0
     except OSError:
         pass
     return 0
@@ -2247,13 +2363,15 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
                 remote_branches(hook, hook.repo, config.state)
             except OSError as error:
                 yield f"[{hook.section}] git: {error}"
-    try:
-        tls_context(config)
-        served = daemon_pid(config) and daemon_address(config)
-        if not config.listen.startswith("unix:") and config.listen != served:
-            open_socket(config.listen).close()
-    except OSError as error:
-        yield f"[hookd] {'tls_cert' if 'tls' in str(error) else 'listen'}: {error}"
+    served = daemon_pid(config) and daemon_address(config)
+    tries: list[tuple[str, Callable[[], Any]]] = [("tls_cert", lambda: tls_context(config))]
+    if not config.listen.startswith("unix:") and config.listen != served:
+        tries.append(("listen", lambda: open_socket(config.listen).close()))
+    for key, attempt in tries:
+        try:
+            attempt()
+        except OSError as error:
+            yield f"[hookd] {key}: {error}"
 
 
 def everybody_reads(path: str) -> bool:
@@ -2328,22 +2446,27 @@ def run(config: Config, options: argparse.Namespace) -> int:
     if hook is None:
         raise SystemExit(f"hookd: {config.place} has no hook for {options.repo} {options.branch}")
     make_state(config)
-    store, target, pid = Store(config.state), hook.target(push), os.getpid()
-    with store.transaction():
-        number = store.add(store.target_id(target), push, "run", push_json(push))
-        payload = store.begin(number, pid)
-    (row,) = store.runs("WHERE r.id = ?", number)
-    names, told = lock_names(hook, target), False
-    while (locks := take_locks(config.state, names, f"hookd {pid} run {number}")) is None:
+    store, target, told = Store(config.state), hook.target(push), False
+    stop: list[int] = []
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, lambda number, _: stop.append(number))
+    names, holder = lock_names(hook, target), f"hookd {os.getpid()} run"
+    while (locks := take_locks(config.state, names, holder)) is None:
         if not told:
-            print(f"hookd: run {number} waits for the lock of {target.directory}", file=sys.stderr)
+            print(f"hookd: waiting for the lock of {target.directory}", file=sys.stderr)
+        if stop:
+            return 128 + stop[0]
         told = True
         time.sleep(0.2)
+    with store.transaction():
+        number = store.add(store.target_id(target), push, "run", push_json(push))
+        payload = store.begin(number, os.getpid())
+    (row,) = store.runs("WHERE r.id = ?", number)
     job, began = Job(row, hook, config.state, locks), time.monotonic()
-    job.echo = show
-    for sign in (signal.SIGINT, signal.SIGTERM):
+    job.echo, job.payload = show, payload
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
-    outcome = job.perform(payload)
+    outcome = job.perform()
     with store.transaction():
         store.finish(number, outcome, job.commit, time.monotonic() - began)
     free_locks(locks)
@@ -2368,7 +2491,10 @@ def send(config: Config, options: argparse.Namespace) -> int:
     made_up = hashlib.sha1(delivery.encode()).hexdigest()
     push = push._replace(commit="" if deleted else options.commit or made_up, deleted=deleted)
     hooks = config.hooks_for(options.repo)
-    secret = (hook or hooks[0]).secrets[0] if hooks else config.secrets[0]
+    secrets = (hook or hooks[0]).secrets if hooks else config.secrets
+    if not secrets:
+        raise SystemExit(f"hookd: {config.place} has no secret for {options.repo}")
+    secret = secrets[0]
     body = push_json(push)
     event = "ping" if options.event == "ping" else push.event
     status, text = post(config, body, [
@@ -2379,7 +2505,7 @@ def send(config: Config, options: argparse.Namespace) -> int:
     if options.wait and (status == 202 or config.quiet):
         for row in Store(config.state).runs("WHERE r.delivery = ?", delivery):
             return watch(config, row.id, follow=True)
-    return 0 if status == 202 or text.startswith("pong") else 1
+    return 0 if status == 202 or text == "ok" or text.startswith("pong") else 1
 
 
 def post(config: Config, body: bytes, fields: Sequence[str]) -> tuple[int, str]:
@@ -2392,18 +2518,21 @@ def post(config: Config, body: bytes, fields: Sequence[str]) -> tuple[int, str]:
     try:
         if host == "unix":
             sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(REQUEST_SECONDS)
             sock.connect(port)
         else:
             sock = socket.create_connection((host, int(port)), REQUEST_SECONDS)
         if config.tls_cert:
             import ssl
-            sock = ssl._create_unverified_context().wrap_socket(sock)  # it is ourselves
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is ourselves
+            sock = context.wrap_socket(sock)
         with sock:
             sock.sendall("\r\n".join(head).encode() + body)
             answer = b"".join(iter(lambda: sock.recv(CHUNK), b"")).decode()
-    except OSError as error:
+        return int(answer[9:12]), answer.partition("\r\n\r\n")[2].strip()
+    except (OSError, ValueError) as error:
         raise SystemExit(f"hookd: nobody answers on {where} ({error}); is the daemon up?") from None
-    return int(answer[9:12]), answer.partition("\r\n\r\n")[2].strip()
 
 
 def watch(config: Config, number: int, follow: bool) -> int:
