@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -197,9 +198,9 @@ class Daemon:
         return self
 
     def _listening(self) -> bool:
-        fixed = re.search(r"(?m)^listen = 127\.0\.0\.1:([1-9]\d*)$", self.ini.read_text())
+        fixed = re.search(r"(?m)^listen = (127\.[\d.]+):([1-9]\d*)$", self.ini.read_text())
         if fixed:  # where the log is syslog's, a connection tells
-            self.address = "127.0.0.1", int(fixed[1])
+            self.address = fixed[1], int(fixed[2])
             with contextlib.suppress(OSError), self.connect(1):
                 return True
         new = self.log_file.read_bytes()[self.began_at:].decode("utf-8", "replace")
@@ -310,10 +311,11 @@ def read_answer(connection: socket.socket) -> Answer:
         data += piece
 
 
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on just now."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+def free_address() -> tuple[str, int]:
+    """Return a host and port that nobody listens on; a host of one's own, so that nobody will."""
+    host = "127." + ".".join(str(random.randrange(1, 255)) for _ in range(3))
+    with socket.create_server((host, 0)) as free:
+        return host, int(free.getsockname()[1])
 
 
 def run_number(answer: Answer) -> int:
