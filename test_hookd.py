@@ -261,15 +261,18 @@ class Daemon:
         return self
 
     def spawn(self, command, sockets=(), names="", **more):
-        """Start a process in the daemon's environment, its output at the end of the log."""
+        """Start a process in the daemon's environment, its output at the end of the log.
+
+        Its standard input has words in it, which no command may find in its own.
+        """
         environment = self.environment
         if sockets:
             numbers = [str(one.fileno()) for one in sockets]
             command = [sys.executable, "-c", PASS_SOCKETS, ",".join(numbers), names, *command]
             more["pass_fds"] = [one.fileno() for one in sockets]
-        with open(self.logfile, "ab") as log:
+        with open(self.logfile, "ab") as log, open(self.ini, "rb") as words:
             return subprocess.Popen(command, env=environment, cwd=self.home, stdout=log,
-                                    stdin=subprocess.DEVNULL, stderr=log, **more)
+                                    stdin=words, stderr=log, **more)
 
     def tell(self, number):
         self.process.send_signal(number)
