@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """hookd: deploy what is pushed to GitHub on your own server, a moment later.
 
-The life of a delivery, which is also the order of this file:
+    hookd.py [-c FILE] [serve | check | run | send | status | log | secret]    (--help says more)
+
+The life of a delivery:
 
  1. GitHub POSTs a push. One loop in the main thread reads it, strictly and with a deadline.
  2. The HMAC of its raw bytes is checked against the secrets; only then is anything parsed.
@@ -369,6 +371,8 @@ FILES = ("state", "tls_cert", "tls_key", "deploy_key", "directory")
 
 
 class IniParser(configparser.RawConfigParser):
+    """Read sections alike on every Python."""
+
     SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as from Python 3.11 on: [octo/site v[0-9]]
 
 
@@ -417,7 +421,10 @@ class Ini:
             self.ini.read_string(text)
         except configparser.ParsingError as error:  # its own words would show a secret's line
             first = getattr(error, "lineno", 0)
-            numbers = [first] if first else [line for line, _ in error.errors]
+            if first:
+                fault = "stands before the first [section]; begin with [hookd]"
+                raise ConfigError(f"{self.place}: line {first} {fault}") from None
+            numbers = [line for line, _ in error.errors]
             fault = "is no [section] and no `key = value`; indent it if it continues the one above"
             raise ConfigError(*(f"{self.place}: line {n} {fault}" for n in numbers)) from None
         try:
@@ -758,11 +765,11 @@ def push_json(push: Push) -> bytes:
 
 
 # ======================================================================================== store
-# SQLite holds the queue and the history; this part touches the database and nothing else.
+# SQLite holds the queue and the history; no other part writes SQL that changes them.
 #
 # A push is a row, written in one transaction with what it supersedes, and that transaction is on
-# disk (WAL, synchronous=FULL) before the sender hears 202. The payload waits in the row until the
-# run begins. A row only moves forward:
+# disk (WAL, synchronous=FULL) before the sender hears 202. The payload stays in the row until the
+# run has ended. A row only moves forward:
 #
 #     queued -> running -> ok | failed | timeout | cancelled
 #       |          `-----> interrupted -> queued again at the next start, once
@@ -789,13 +796,14 @@ CREATE INDEX IF NOT EXISTS runs_of_target ON runs (target, state);
 CREATE INDEX IF NOT EXISTS runs_open ON runs (state) WHERE state IN ('queued', 'running');
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;"""
+# In the order of the fields of Run, Target and Push: see Store.runs.
 RUNS = """SELECT r.id, t.hook, t.repo, t.ref, t.directory, r.event, t.repo, t.ref, r.commit_id,
     r.before_id, r.pusher, r.deleted, r.delivery, r.state, r.attempts, r.pid, r.exit, r.note,
     t.last_good, t.last_state FROM runs r JOIN targets t ON t.id = r.target """
 STATUS_COLUMNS = ("repo", "ref", "hook", "directory", "run", "state", "event", "commit", "began",
                   "ended", "duration", "exit", "last_good", "deleted", "running", "waiting")
-STATUS = """SELECT t.repo, t.ref, t.hook, t.directory, r.id, r.state, r.event, r.commit_id, r.began,
-    r.ended, r.duration, r.exit, nullif(t.last_good, ''), r.deleted,
+STATUS = """SELECT t.repo, t.ref, t.hook, t.directory, r.id, nullif(t.last_state, ''), r.event,
+    r.commit_id, r.began, r.ended, r.duration, r.exit, nullif(t.last_good, ''), r.deleted,
     (SELECT max(id) FROM runs WHERE target = t.id AND state = 'running'),
     (SELECT group_concat(id) FROM runs WHERE target = t.id AND state = 'queued')
     FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY t.repo, t.ref"""
@@ -1050,6 +1058,7 @@ class Output:
         self.tail, self.dropped, self.recent = bytearray(), 0, b""
 
     def write(self, data: bytes) -> None:
+        """Keep a piece of the output, or count it as dropped."""
         self.recent = (self.recent + data)[-4096:]
         if self.echo:
             try:
@@ -1155,7 +1164,7 @@ class Job:
 
     def script(self, text: str, deadline: float, facts: Mapping[str, Any] | None = None) -> int:
         cwd = self.directory if os.path.isdir(self.directory) else "/"  # on_delete removed it
-        arguments = ["/bin/sh", "-e", "-c", text, "hookd"]
+        arguments = ["/bin/sh", "-e", "-c", text, "sh"]
         return self.child(arguments, self.environment(facts or {}), cwd, deadline)
 
     def environment(self, facts: Mapping[str, Any]) -> dict[bytes, bytes]:
@@ -1363,7 +1372,7 @@ def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
 # never the largest and never the oldest.
 
 SSL_WANT_READ = 2  # ssl.SSL_ERROR_WANT_READ; ssl is imported only where it is used
-LOOPBACK = re.compile(r"127\.|::1$|$")
+LOOPBACK = re.compile(r"127\.|::1$|$")  # a unix socket's peer has no name
 
 
 class Connection:
@@ -1527,14 +1536,18 @@ class Server:
         return [Arrival(connection, head, self.take(connection, head.length))]
 
     def take_head(self, connection: Connection) -> None:
+        """Take a head out of a connection's buffer, once it is whole, and have it checked."""
         end = connection.buffer.find(b"\r\n\r\n", 0, HEAD_MAX + 4)
         if end < 0:
             check_start(bytes(connection.buffer))
             return
         connection.head = head = read_head(bytes(self.take(connection, end + 4)[:end]))
-        forwarded = head.fields.get("x-forwarded-for", "").rpartition(",")[2].strip()
-        trusted = LOOPBACK.match(connection.peer) and re.fullmatch("[0-9A-Fa-f.:]+", forwarded)
-        connection.client = forwarded if trusted else connection.peer
+        connection.client = connection.peer
+        if "x-forwarded-for" in head.fields and LOOPBACK.match(connection.peer):
+            # By a proxy here. What cannot be read as an address is one that is allowed nowhere.
+            last = head.fields["x-forwarded-for"].rpartition(",")[2].strip()
+            readable = re.fullmatch("[0-9A-Fa-f.:]+", last)
+            connection.client = last.removeprefix("::ffff:") if readable else "unreadable"
         self.check(head, connection.client)
         if head.fields.get("expect", "").lower() == "100-continue" and not connection.buffer:
             self.send(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1611,6 +1624,7 @@ class LogHandler(logging.Handler):
         self.lost = 0 if told else self.lost + 1
 
     def to_syslog(self, line: bytes) -> bool:
+        """Send a line to syslog; False where it is stuck or missing."""
         for _ in range(2):  # a syslog that was restarted has another socket under its name
             try:
                 if self.syslog is None:
@@ -1706,7 +1720,8 @@ def open_socket(wanted: str) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(name)
     except OSError as error:
-        remedy = "stop who has it, or change listen"
+        taken = error.errno == errno.EADDRINUSE
+        remedy = "stop who has it, or change listen" if taken else "change listen"
         raise OSError(f"cannot listen on {wanted}: {error.strerror}; {remedy}") from None
     if host == "unix":
         os.chmod(name, 0o666)  # as open as 127.0.0.1 is; the signature is the guard
@@ -1737,8 +1752,10 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 
 # ======================================================================================= daemon
 # The one part that knows all the others: deliveries come in, rows are written, jobs go out. Only
-# the main thread decides. A job's thread carries out one run, records its end and wakes the main
-# thread through a socket, as signals do, and the thread that asks remotes.
+# the main thread decides, and only it touches the database, the sockets and `jobs`. A job's thread
+# carries out one run, appends how it ended to `ended` and wakes the main thread through a socket;
+# so do signals (`signals`), the thread that asks remotes (`found`) and the one that cleans up after
+# a crash (`recovered`).
 
 
 def start_thread(target: Callable[..., None], *arguments: Any) -> None:
@@ -1946,9 +1963,11 @@ class Daemon:
             self.cut = cut
         elif self.recovered and self.cut:
             for run in self.cut:
-                again = "runs again" if self.store.requeue(run) else "stays so"
-                told = ("run %d was interrupted and %s: %s", run.id, again, run.push)
-                self.after.append(partial(log.warning, *told))
+                again = self.store.requeue(run)
+                told = "runs again" if again else "stays so, that was its second time"
+                level = logging.WARNING if again else logging.ERROR
+                line = ("run %d was interrupted and %s: %s", run.id, told, run.push)
+                self.after.append(partial(log.log, level, *line))
                 hook = self.config.hooks.get(run.target.hook)
                 if hook and hook.queue != "every":
                     self.store.supersede(self.store.target_id(run.target))
@@ -2080,6 +2099,7 @@ class Daemon:
                      len(self.jobs), DRAIN_SECONDS)
 
     def reload(self) -> None:
+        """Put the ini in force as it is now, or tell why not and go on with the old one."""
         try:
             config = self.load()
             for key in ("state", "log"):
@@ -2233,6 +2253,7 @@ def load(file: str, verb: str) -> Config:
     become_owner(text, base)
 
     def read_secret(name: str, is_default: bool) -> str:
+        """Return a secret file's text, made here if it is the default and missing."""
         import secrets
         nobody_knows = secrets.token_hex(32)
         path = name if is_default else secret_path(name, base)
@@ -2404,8 +2425,10 @@ def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator
     git = os.path.join(hook.directory, ".git")
     if hook.git and os.path.exists(git) and os.stat(git).st_uid != os.geteuid():
         yield f"directory: git will not touch another user's {hook.directory}; chown -R it"
-    if hook.deploy_key and not os.access(hook.deploy_key, os.R_OK):
-        yield f"deploy_key: {user} cannot read {hook.deploy_key}; chown it, or ssh-keygen one"
+    if hook.deploy_key and not os.path.exists(hook.deploy_key):
+        yield f"deploy_key: there is no {hook.deploy_key}; make it with ssh-keygen"
+    elif hook.deploy_key and not os.access(hook.deploy_key, os.R_OK):
+        yield f"deploy_key: {user} cannot read {hook.deploy_key}; chown it"
     elif hook.deploy_key and os.stat(hook.deploy_key).st_mode & 0o077:
         yield f"deploy_key: ssh refuses a key others can read; chmod 600 {hook.deploy_key}"
     scripts = " ".join((hook.command, hook.on_success, hook.on_failure, hook.on_delete))
@@ -2429,15 +2452,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def find_hook(config: Config, options: argparse.Namespace) -> tuple[Hook | None, Push]:
     """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
-    push = Push("push", options.repo, f"refs/heads/{options.branch}", "")
+    names = [f"refs/{kind}/{options.branch}" for kind in ("heads", "tags")]
+    refs = [options.branch] if options.branch.startswith("refs/") else names
+    if not REPOSITORY.fullmatch(options.repo) or not REF.fullmatch(refs[0]):
+        raise SystemExit("hookd: REPO is written owner/repo, BRANCH as git knows it")
+    push = Push("push", options.repo, refs[0], "", pusher=user_name())
     for hook in config.hooks_for(options.repo):
         event = {"": hook.event, "delete": "push"}.get(options.event, options.event)
-        kind = "refs/tags/" if event == "release" else "refs/heads/"
-        ref = ("" if options.branch.startswith("refs/") else kind) + options.branch
-        push = Push(event, hook.named(options.repo), ref, "", pusher=user_name())
-        if hook.matches(push):
-            return hook, push
-    return None, push
+        for ref in refs:
+            push = push._replace(event=event, repo=hook.named(options.repo), ref=ref)
+            if hook.matches(push):
+                return hook, push
+    return None, push._replace(ref=refs[0])
 
 
 def run(config: Config, options: argparse.Namespace) -> int:
@@ -2453,7 +2479,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
     names, holder = lock_names(hook, target), f"hookd {os.getpid()} run"
     while (locks := take_locks(config.state, names, holder)) is None:
         if not told:
-            print(f"hookd: waiting for the lock of {target.directory}", file=sys.stderr)
+            print(f"hookd: waiting for the lock of {' and '.join(names)}", file=sys.stderr)
         if stop:
             return 128 + stop[0]
         told = True
@@ -2624,6 +2650,7 @@ VERBS = {"serve": serve, "check": check, "run": run, "send": send, "status": sta
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; usage errors exit 2."""
     import argparse
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hookd.ini")
     common = argparse.ArgumentParser(add_help=False)
