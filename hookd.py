@@ -312,12 +312,12 @@ class Hook:
 
     def matches(self, push: Push) -> bool:
         """Tell whether this hook wants a push of its repository."""
+        if self.event != push.event:
+            return False
         if self.pattern.startswith("refs/"):
-            wanted = fnmatchcase(push.ref, self.pattern)
-        else:
-            plain = push.ref.startswith("refs/heads/") or push.event == "release"
-            wanted = plain and fnmatchcase(short_name(push.ref), self.pattern)
-        return wanted and self.event == push.event
+            return fnmatchcase(push.ref, self.pattern)
+        plain = push.ref.startswith("refs/heads/") or push.event == "release"
+        return plain and fnmatchcase(short_name(push.ref), self.pattern)
 
     def named(self, repo: str) -> str:
         """Spell a repository one way whatever the sender's case: as the ini does."""
@@ -626,7 +626,8 @@ def decide(config: Config, request: Request, body: Body, secret: bytes) -> Decis
     if pick(data, "repository") is not None:  # an organisation's ping has none
         repo = needed(REPOSITORY, pick(data, "repository", "full_name"), "repository")
     hooks = config.hooks_for(repo)
-    if repo and secret not in ({s for hook in hooks for s in hook.secrets} or config.secrets):
+    own = any(secret in hook.secrets for hook in hooks) if hooks else secret in config.secrets
+    if repo and not own:
         raise Refusal(403, "the secret is another repository's")
     if event == "ping":
         return Decision(200, pong(config, repo, secret))
@@ -792,8 +793,9 @@ CREATE TABLE IF NOT EXISTS runs (
     pid INTEGER DEFAULT 0,        -- of a foreground run
     exit INTEGER, note TEXT DEFAULT '', queued REAL, began REAL, ended REAL, duration REAL,
     payload BLOB);
-CREATE INDEX IF NOT EXISTS runs_of_target ON runs (target, state);
-CREATE INDEX IF NOT EXISTS runs_open ON runs (state) WHERE state IN ('queued', 'running');
+CREATE INDEX IF NOT EXISTS runs_of_target ON runs (target, id, state);
+CREATE INDEX IF NOT EXISTS runs_waiting ON runs (target) WHERE state = 'queued';
+CREATE INDEX IF NOT EXISTS runs_open ON runs (target) WHERE state IN ('queued', 'running');
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;"""
 # In the order of the fields of Run, Target and Push: see Store.runs.
@@ -896,7 +898,8 @@ class Store:
 
     def supersede(self, key: int) -> list[int]:
         """Let the newest waiting run of a target stand for the others; return their numbers."""
-        sql = "SELECT id FROM runs WHERE target = ? AND state = 'queued' ORDER BY id"
+        sql = """SELECT id FROM runs INDEXED BY runs_waiting
+            WHERE target = ? AND state = 'queued' ORDER BY id"""
         *waiting, newest = [run for (run,) in self.execute(sql, key).fetchall()] or [0]
         for old in waiting:
             self.dismiss(old, "superseded", f"by run {newest}")
@@ -915,13 +918,15 @@ class Store:
     def is_news(self, key: int, commit: str) -> bool:
         """Tell whether a branch's newest commit was never considered, and no run is open."""
         sql = """SELECT 1 FROM targets t WHERE id = ? AND (newest = ? OR EXISTS
-            (SELECT 1 FROM runs WHERE target = t.id AND state IN ('queued', 'running')))"""
+            (SELECT 1 FROM runs INDEXED BY runs_open
+            WHERE target = t.id AND state IN ('queued', 'running')))"""
         return not self.execute(sql, key, commit).fetchone()
 
     def waiting(self) -> list[Run]:
         """Return the oldest waiting run of each target, oldest first."""
-        return self.runs("""WHERE r.id IN (SELECT min(id) FROM runs WHERE state = 'queued'
-            GROUP BY target) ORDER BY r.id""")
+        # Left to itself, SQLite reads the whole history here.
+        return self.runs("""WHERE r.id IN (SELECT min(id) FROM runs INDEXED BY runs_waiting
+            WHERE state = 'queued' GROUP BY target) ORDER BY r.id""")
 
     def begin(self, run: int, pid: int = 0) -> bytes:
         """Mark a run as running and return its payload; a foreground run has a pid."""
@@ -946,14 +951,14 @@ class Store:
 
     def prune(self, key: int, keep: int) -> list[int]:
         """Forget all but the newest finished runs of a target; return those that had begun."""
-        rows = []
+        gone: list[int] = []
         for kind in ("= 'superseded'", "NOT IN ('superseded', 'queued', 'running')"):
-            sql = f"""SELECT id, began FROM runs WHERE target = ? AND state {kind}
+            sql = f"""SELECT id FROM runs WHERE target = ? AND state {kind}
                 ORDER BY id DESC LIMIT -1 OFFSET ?"""
-            rows += self.execute(sql, key, keep).fetchall()
-        for run, _ in rows:
-            self.execute("DELETE FROM runs WHERE id = ?", run)
-        return [run for run, began in rows if began]
+            gone = [run for (run,) in self.execute(sql, key, keep)]
+            for run in gone:
+                self.execute("DELETE FROM runs WHERE id = ?", run)
+        return gone
 
     def cut_off(self) -> list[Run]:
         """Return the runs that a stop or a crash cut off, but for a living foreground run."""
@@ -992,10 +997,12 @@ PRIVATE = re.compile(
 DAEMON_LOCK = "hookd\n"  # no `lock` of an ini ends in a newline
 ADVICE = {
     "dubious ownership": "the directory is another user's; chown -R it to the user hookd runs as",
+    "bad permissions": "ssh refuses a deploy_key that others can read; chmod 600 it",
     "Host key verification failed": "the remote's host key changed; compare, mend known_hosts",
     "Permission denied (publickey": "the remote does not know this key; add its .pub there",
     "could not read Username": "the remote wants a login; use an ssh URL and a deploy_key",
     "Authentication failed": "the remote refused the login; use an ssh URL and a deploy_key",
+    "not appear to be a git repository": "there is no repository at that URL; check git",
     "epository not found": "no such repository for this key; check git and deploy_key",
     "couldn't find remote ref": "the remote has no such branch; was it deleted?",
     "Could not resolve host": "the remote's name is not known; check git and the network",
@@ -1667,7 +1674,7 @@ class Noise:
 
     def add(self, refusal: Refusal, client: str) -> None:
         kind, self.client = f"{refusal.reason} status={refusal.status}", client or "unix"
-        if not self.counts:
+        if self.until == NEVER:
             self.until = time.monotonic() + NOISE_SECONDS
         if kind not in self.counts:
             log.warning("refused a request: %s client=%s", kind, self.client)
@@ -1679,8 +1686,9 @@ class Noise:
             more = ", ".join(f"{n} x {kind}" for kind, n in self.counts.items() if n)
             if more:
                 log.warning("refused more in a minute: %s, the last client=%s", more, self.client)
-            self.counts.clear()
-            self.until = NEVER
+            # What goes on is not told singly again.
+            self.counts = {kind: 0 for kind, n in self.counts.items() if n}
+            self.until = time.monotonic() + NOISE_SECONDS if self.counts else NEVER
 
 
 def notify(text: str, *files: int) -> None:
