@@ -787,8 +787,8 @@ RUNS = """SELECT r.id, t.hook, t.repo, t.ref, t.directory, r.event, t.repo, t.re
     r.before_id, r.pusher, r.deleted, r.delivery, r.state, r.attempts, r.pid, r.exit, r.note,
     t.last_good, t.last_state FROM runs r JOIN targets t ON t.id = r.target """
 STATUS = """SELECT repo, ref, hook, directory, r.id AS run, nullif(last_state, '') AS state, event,
-    commit_id AS "commit", began, ended, duration, exit, nullif(last_good, '') AS last_good, deleted,
-    (SELECT max(id) FROM runs WHERE target = t.id AND state = 'running') AS running,
+    commit_id AS "commit", began, ended, duration, exit, nullif(last_good, '') AS last_good,
+    deleted, (SELECT max(id) FROM runs WHERE target = t.id AND state = 'running') AS running,
     (SELECT group_concat(id) FROM runs WHERE target = t.id AND state = 'queued') AS waiting
     FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY repo, ref"""
 
@@ -991,11 +991,10 @@ def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | Non
             os.makedirs(os.path.join(state, "locks"), 0o700, exist_ok=True)
             files.append(os.open(lock_file(state, name), os.O_RDWR | os.O_CREAT, 0o600))
             fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             free_locks(files)
-            return None
-        except OSError:
-            free_locks(files)
+            if isinstance(error, BlockingIOError):
+                return None
             raise
         with contextlib.suppress(OSError):  # it is for people; on a full disk they do without
             os.ftruncate(files[-1], os.write(files[-1], f"{holder} {name}\n".encode()))
@@ -1550,11 +1549,9 @@ class Server:
 
     def send(self, connection: Connection, data: bytes) -> None:
         """Send a few bytes at once; who has no room for them does not listen."""
-        try:
+        with contextlib.suppress(OSError):
             if connection.sock.send(data) == len(data):
                 return
-        except OSError:
-            pass
         self.drop(connection)
 
     def fail(self) -> None:
