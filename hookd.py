@@ -110,6 +110,10 @@ class Request(NamedTuple):
     length: int
     keep_alive: bool
 
+    @property
+    def delivery(self) -> str:
+        return escape(self.fields.get("x-github-delivery", "")[:100]) or "-"
+
 
 class Push(NamedTuple):
     """Hold what one event says of one ref; a deletion has no commit."""
@@ -203,10 +207,8 @@ def fill(template: str, repo: str, branch: str) -> str:
 
 def escape(text: str) -> str:
     """Make strangers' text fit for a log line or a terminal: what is not printable is spelled."""
-    if text.isprintable():
-        return text
     spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(spelled)
+    return text if text.isprintable() else "".join(spelled)
 
 
 # ================================================================================ configuration
@@ -357,7 +359,7 @@ class Config:
 
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
-        names = (repo.lower(), repo.lower().split("/")[0] + "/*")
+        names = {repo.lower(), repo.lower().split("/")[0] + "/*"}
         found = [pair for name in names for pair in self.by_repo.get(name, ())]
         return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
 
@@ -370,10 +372,11 @@ KEYS |= dict.fromkeys(SECRETS, "")
 FILES = ("state", "tls_cert", "tls_key", "deploy_key", "directory")
 
 
-class IniParser(configparser.RawConfigParser):
-    """Read sections alike on every Python."""
-
-    SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as from Python 3.11 on: [octo/site v[0-9]]
+def ini_parser(strict: bool) -> configparser.RawConfigParser:
+    # No section is the default one: it has a name that no ini can spell.
+    parser = configparser.RawConfigParser(strict=strict, default_section="\n")
+    parser.SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as from 3.11 on: [octo/site v[0-9]]
+    return parser
 
 
 class Ini:
@@ -387,12 +390,7 @@ class Ini:
         self.place, self.base, self.read_secret = place, base, read_secret
         self.problems: list[str] = []
         self.found: dict[str, tuple[bytes, ...]] = {}  # secrets by the level that sets them
-        self.ini = self.parser(strict=False)
-
-    @staticmethod
-    def parser(strict: bool) -> IniParser:
-        # No section is the default one: it has a name that no ini can spell.
-        return IniParser(strict=strict, default_section="\n")
+        self.ini = ini_parser(strict=False)
 
     def config(self, text: str, state: str) -> Config:
         """Return the Config of a text; `state` is the default. Raise ConfigError."""
@@ -419,23 +417,21 @@ class Ini:
         """Let configparser read: leniently, and strictly once more to find a duplicate."""
         try:
             self.ini.read_string(text)
+        except configparser.MissingSectionHeaderError as error:
+            fault = "stands before the first [section]; begin with [hookd]"
+            raise ConfigError(f"{self.place}: line {error.lineno} {fault}") from None
         except configparser.ParsingError as error:  # its own words would show a secret's line
-            first = getattr(error, "lineno", 0)
-            if first:
-                fault = "stands before the first [section]; begin with [hookd]"
-                raise ConfigError(f"{self.place}: line {first} {fault}") from None
             numbers = [line for line, _ in error.errors]
             fault = "is no [section] and no `key = value`; indent it if it continues the one above"
             raise ConfigError(*(f"{self.place}: line {n} {fault}" for n in numbers)) from None
         try:
-            self.parser(strict=True).read_string(text)
+            ini_parser(strict=True).read_string(text)
         except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
             fault = f"is there twice (line {error.lineno}); keep one"
             self.problem(error.section, getattr(error, "option", ""), fault)
 
     def problem(self, section: str, key: str, fault: str) -> None:
-        where = f"{self.place}: [{section}] {key}".rstrip()
-        self.problems.append(escape(f"{where}: {fault}"))
+        self.problems.append(escape(f"{self.place}: [{section}] {key}".rstrip() + f": {fault}"))
 
     def check_section(self, section: str, used: set[str]) -> None:
         """Tell what is wrong with the name of a section and with those of its keys."""
@@ -462,13 +458,10 @@ class Ini:
         try:
             if "\0" in text or (key in FILES and text.startswith("~")):
                 raise ValueError("has a ~ or a NUL in it; write the whole path")
-            return self.absolute(parse(text)) if key in FILES and text else parse(text)
+            return os.path.join(self.base, parse(text)) if key in FILES and text else parse(text)
         except ValueError as error:
             self.problem(level, key, str(error))
             return parse(KEYS[key])
-
-    def absolute(self, path: str) -> str:
-        return path if path.startswith("/") else f"{self.base}/{path}"
 
     def secrets(self, levels: Sequence[str]) -> tuple[bytes, ...]:
         """Return the secrets of the nearest level that sets any, else the default file's."""
@@ -479,7 +472,7 @@ class Ini:
         name = self.ini.get(level, "secret_file", fallback="" if level else default)
         found = list(lines(self.ini.get(level, "secret", fallback="")))
         try:
-            text = self.read_secret(name, self.absolute(name) == default) if name else ""
+            text = self.read_secret(name, os.path.join(self.base, name) == default) if name else ""
             found += [line.rstrip("\r") for line in text.split("\n") if line.strip()]
             if not found:
                 raise ValueError("it is empty")
@@ -507,7 +500,7 @@ class Ini:
 Body = Union[bytes, bytearray]
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
-METHODS = ("GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
+METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 SIGNATURE = re.compile(r"sha256=([0-9a-f]{64})")
 # What is read must not come twice: which of the two did the proxy in front of us believe?
@@ -549,49 +542,43 @@ def read_head(head: bytes) -> Request:
         fields[name] = match[2].decode("latin-1").rstrip(" \t")
     method, target, version = first.decode().split(" ")
     connection = fields.get("connection", "").lower()
-    new = version == "HTTP/1.1"
-    keep_alive = "close" not in connection if new else connection == "keep-alive"
+    keep_alive = "close" not in connection if version == "HTTP/1.1" else connection == "keep-alive"
     return Request(method, target, fields, body_length(method, fields), keep_alive)
 
 
 def body_length(method: str, fields: Mapping[str, str]) -> int:
     """Return how many bytes follow a head; what could be framed in two ways is refused."""
-    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    coding, length = fields.get("transfer-encoding"), fields.get("content-length", "0")
+    if coding is not None and "content-length" in fields:
+        raise Refusal(400, "both Content-Length and Transfer-Encoding")
     if coding is not None:
-        if length is not None:
-            raise Refusal(400, "both Content-Length and Transfer-Encoding")
         raise Refusal(411 if coding.lower() == "chunked" else 501, "Content-Length needed")
-    if length is None:
-        if method == "POST":
-            raise Refusal(411, "Content-Length needed")
-        length = "0"
+    if method == "POST" and "content-length" not in fields:
+        raise Refusal(411, "Content-Length needed")
     if not re.fullmatch("[0-9]+", length):
         raise Refusal(400, "Content-Length is no number")
     return int(length) if len(length) < 16 else 10**16  # int() would refuse thousands of digits
 
 
 def check_head(config: Config, request: Request, client: str) -> None:
-    """Refuse what its head alone condemns, before the body is read."""
-    fields, target = request.fields, request.target
-    if config.allow_from and client and not allowed(config, client):
-        raise Refusal(403, "not allowed from this address")
-    if not target.startswith("/"):
-        target = re.sub(r"^https?://[^/?#]*", "", target)
-    if target.partition("?")[0] != config.path:
-        raise Refusal(404, "not found")
-    if request.method != "POST":
-        known = request.method in METHODS
-        raise Refusal(405, "only POST") if known else Refusal(501, "unknown method")
-    if request.length > config.max_body:
-        raise Refusal(413, "body too large")
-    if fields.get("content-encoding", "identity").lower() != "identity":
-        raise Refusal(415, "Content-Encoding not supported")
-    if fields.get("content-type", "").partition(";")[0].strip().lower() not in (JSON, FORM):
-        raise Refusal(415, f"Content-Type must be {JSON}")
-    if not fields.get("x-hub-signature-256"):
-        raise Refusal(403, "signature missing")
-    if not SIGNATURE.fullmatch(fields["x-hub-signature-256"]):
-        raise Refusal(403, "signature does not match")
+    """Refuse what its head alone condemns, before the body is read; the first fault is told."""
+    fields, signature = request.fields, request.fields.get("x-hub-signature-256", "")
+    path = re.sub(r"^https?://[^/?#]*", "", request.target).partition("?")[0]
+    coding = fields.get("content-encoding", "identity").lower()
+    kind = fields.get("content-type", "").partition(";")[0].strip().lower()
+    stranger = config.allow_from and client and not allowed(config, client)
+    for fault, status, reason in (
+            (stranger, 403, "not allowed from this address"),
+            (path != config.path, 404, "not found"),
+            (request.method not in METHODS, 501, "unknown method"),
+            (request.method != "POST", 405, "only POST"),
+            (request.length > config.max_body, 413, "body too large"),
+            (coding != "identity", 415, "Content-Encoding not supported"),
+            (kind not in (JSON, FORM), 415, f"Content-Type must be {JSON}"),
+            (not signature, 403, "signature missing"),
+            (not SIGNATURE.fullmatch(signature), 403, "signature does not match")):
+        if fault:
+            raise Refusal(status, reason)
 
 
 def allowed(config: Config, client: str) -> bool:
@@ -662,15 +649,13 @@ def touches(patterns: Sequence[str], data: Any) -> bool:
 
 def read_payload(body: Body, form: bool) -> tuple[Body, dict[str, Any]]:
     """Return the JSON in a body and its object; depth, huge numbers and NaN are refused."""
-    def refuse(constant: str) -> Any:
-        raise ValueError(constant)
     try:
         text = body.decode("ascii" if form else "utf-8")
         if form:
             from urllib.parse import parse_qs
             (text,) = parse_qs(text, strict_parsing=True, errors="strict")["payload"]
             body = text.encode()
-        data = json.loads(text, parse_constant=refuse)
+        data = json.loads(text, parse_constant=int)  # which NaN and Infinity are not
     except (ValueError, KeyError, RecursionError):
         data = None
     if not isinstance(data, dict):
@@ -744,10 +729,9 @@ def pong(config: Config, repo: str, secret: bytes) -> str:
     """Answer a ping with the hooks that this secret speaks for."""
     hooks = config.hooks_for(repo) if repo else config.hooks.values()
     mine = [hook for hook in hooks if secret in hook.secrets]
-    if not repo:
-        return f"pong: hooks for {', '.join(hook.section for hook in mine[:20]) or 'nothing yet'}"
-    patterns = ", ".join(hook.pattern for hook in mine)
-    return f"pong: {repo} has {f'hooks for {patterns}' if mine else 'no hook'}"
+    names = ", ".join(hook.pattern if repo else hook.section for hook in mine[:20])
+    who = f"pong: {repo} has" if repo else "pong:"
+    return f"{who} hooks for {names}" if mine else f"{who} no hook"
 
 
 def push_json(push: Push) -> bytes:
@@ -802,13 +786,11 @@ COMMIT;"""
 RUNS = """SELECT r.id, t.hook, t.repo, t.ref, t.directory, r.event, t.repo, t.ref, r.commit_id,
     r.before_id, r.pusher, r.deleted, r.delivery, r.state, r.attempts, r.pid, r.exit, r.note,
     t.last_good, t.last_state FROM runs r JOIN targets t ON t.id = r.target """
-STATUS_COLUMNS = ("repo", "ref", "hook", "directory", "run", "state", "event", "commit", "began",
-                  "ended", "duration", "exit", "last_good", "deleted", "running", "waiting")
-STATUS = """SELECT t.repo, t.ref, t.hook, t.directory, r.id, nullif(t.last_state, ''), r.event,
-    r.commit_id, r.began, r.ended, r.duration, r.exit, nullif(t.last_good, ''), r.deleted,
-    (SELECT max(id) FROM runs WHERE target = t.id AND state = 'running'),
-    (SELECT group_concat(id) FROM runs WHERE target = t.id AND state = 'queued')
-    FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY t.repo, t.ref"""
+STATUS = """SELECT repo, ref, hook, directory, r.id AS run, nullif(last_state, '') AS state, event,
+    commit_id AS "commit", began, ended, duration, exit, nullif(last_good, '') AS last_good,
+    deleted, (SELECT max(id) FROM runs WHERE target = t.id AND state = 'running') AS running,
+    (SELECT group_concat(id) FROM runs WHERE target = t.id AND state = 'queued') AS waiting
+    FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY repo, ref"""
 
 
 class Store:
@@ -845,12 +827,6 @@ class Store:
             self.db, self.stat = db, os.stat(self.path)
         return self.db
 
-    def is_same_file(self) -> bool:
-        """Tell whether the file that is open still stands under its name."""
-        with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.stat(self.path), self.stat)
-        return False
-
     def close(self) -> None:
         if self.db:
             self.db.close()
@@ -859,8 +835,9 @@ class Store:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make all that is written inside stand on disk together, or not at all."""
-        if self.db and not self.is_same_file():
-            self.close()
+        if self.db and not (os.path.exists(self.path)
+                            and os.path.samestat(os.stat(self.path), self.stat)):
+            self.close()  # what is written has to stand under the name
         self.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -1019,11 +996,10 @@ def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | Non
             os.makedirs(os.path.join(state, "locks"), 0o700, exist_ok=True)
             files.append(os.open(lock_file(state, name), os.O_RDWR | os.O_CREAT, 0o600))
             fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             free_locks(files)
-            return None
-        except OSError:
-            free_locks(files)
+            if isinstance(error, BlockingIOError):
+                return None
             raise
         with contextlib.suppress(OSError):  # it is for people; on a full disk they do without
             os.ftruncate(files[-1], os.write(files[-1], f"{holder} {name}\n".encode()))
@@ -1245,16 +1221,13 @@ def signal_group(group: int, number: int) -> bool:
 
 def end_group(group: int, patience: float = 0.0) -> bool:
     """End what is left of a process group, by TERM, then KILL; True where there was anything."""
-    term_at, kill_at = time.monotonic() + patience, 0.0
-    while signal_group(group, 0):
-        now = time.monotonic()
-        if now >= (kill_at or term_at):
-            signal_group(group, signal.SIGKILL if kill_at else signal.SIGTERM)
-            if kill_at:
-                return True
-            kill_at = now + GRACE_SECONDS
+    signals, due = [signal.SIGTERM, signal.SIGKILL], time.monotonic() + patience
+    while signals and signal_group(group, 0):
+        if time.monotonic() >= due:
+            signal_group(group, signals.pop(0))
+            due += GRACE_SECONDS
         time.sleep(0.01)
-    return bool(kill_at)
+    return len(signals) < 2
 
 
 def end_survivors(state: str, run: int) -> int:
@@ -1389,22 +1362,14 @@ class Connection:
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.sock, self.peer, self.client, self.deadline = sock, peer, peer, 0.0
-        self.buffer, self.head = bytearray(), None  # type: bytearray, Request | None
+        self.buffer, self.head = bytearray(), None  # type: bytearray, Any  # Request
         self.whole = False  # the request is complete and waits for its answer
-        self.body = 0  # bytes of it that were taken out of the buffer, and are in memory yet
+        self.body: Body = b""  # of the whole request, in memory until the answer
         self.lingers = False  # it has been answered for good; what still comes is thrown away
 
 
-class Arrival(NamedTuple):
-    """Hold a whole request and the connection its answer goes to."""
-
-    connection: Connection
-    request: Request
-    body: Body
-
-
 class Server:
-    """Serve HTTP; callers call `poll` and give each Arrival a `reply` before the next.
+    """Serve HTTP; callers call `poll` and give each whole request a `reply` before the next.
 
     `check(request, client)` refuses a head before its body is read; `refused` gets every Refusal
     made in here, to be answered with `reply` too. `wake` is a socket that ends a `poll`.
@@ -1419,6 +1384,7 @@ class Server:
         self.tls: ssl.SSLContext | None = None
         self.room, self.held, self.most = BODIES_MAX, 0, CONNECTIONS_MAX
         self.pipelined: list[Connection] = []  # answered, with the next request in the buffer
+        self.arrived: list[Connection] = []  # with a whole request
         # In the order of deadlines: who gets a new one moves to the end.
         self.connections: OrderedDict[Connection, None] = OrderedDict()
 
@@ -1431,17 +1397,18 @@ class Server:
             new.setblocking(False)
             self.selector.register(new, selectors.EVENT_READ)
 
-    def poll(self, timeout: float) -> list[Arrival]:
-        """Wait for something to happen; return the requests that are whole now."""
+    def poll(self, timeout: float) -> list[Connection]:
+        """Wait for something to happen; return those whose requests are whole now."""
         if self.connections:
             timeout = min(timeout, next(iter(self.connections)).deadline - time.monotonic())
         pipelined, self.pipelined = self.pipelined, []
-        arrivals = [arrival for one in pipelined if one in self.connections
-                    for arrival in self.digest(one, b"")]
+        for one in pipelined:
+            if one in self.connections:
+                self.digest(one, b"")
         wait = 0 if pipelined else None if timeout == NEVER else max(timeout, 0)
         for key, _ in self.selector.select(wait):
             if isinstance(key.data, Connection):
-                arrivals += self.receive(key.data)
+                self.receive(key.data)
             elif key.fileobj is self.wake:
                 self.wake.recv(CHUNK)
             else:
@@ -1452,7 +1419,8 @@ class Server:
             if (late.buffer or late.head) and not late.lingers:
                 self.refused(late, Refusal(408, "request took too long"))
             self.drop(late)
-        return arrivals
+        arrived, self.arrived = self.arrived, []
+        return [one for one in arrived if one.whole]
 
     def accept(self, listener: Any) -> None:
         """Welcome who has come, at the cost of who has waited longest where there is no room."""
@@ -1481,8 +1449,8 @@ class Server:
 
     def drop(self, connection: Connection) -> None:
         self.take(connection, len(connection.buffer))
-        self.held -= connection.body
-        connection.body = 0
+        self.held -= len(connection.body)
+        connection.whole, connection.body = False, b""
         if connection in self.connections:
             del self.connections[connection]
             self.selector.unregister(connection.sock)
@@ -1499,30 +1467,29 @@ class Server:
             connection.buffer = bytearray()
         return taken
 
-    def receive(self, connection: Connection) -> list[Arrival]:
-        """Read what has come; return the request that it completes, if it does."""
+    def receive(self, connection: Connection) -> None:
+        """Read what has come."""
         if connection.whole or connection in self.pipelined:  # first what is here already
-            return []
+            return
         try:
             data = connection.sock.recv(CHUNK if connection.head else HEAD_MAX)
         except OSError as error:
             handshake = self.tls and error.errno == SSL_WANT_READ
             if not handshake and not isinstance(error, BlockingIOError):
                 self.drop(connection)
-            return []
-        if connection.lingers and data:
-            return []
+            return
+        begun = bool(connection.buffer or connection.head)
         if not data:
-            if (connection.buffer or connection.head) and not connection.lingers:
+            if begun and not connection.lingers:
                 self.refused(connection, Refusal(400, "request ended too early"))
             self.drop(connection)
-            return []
-        if not connection.buffer and not connection.head:
-            self.rearm(connection)
-        return self.digest(connection, data)
+        elif not connection.lingers:
+            if not begun:
+                self.rearm(connection)
+            self.digest(connection, data)
 
-    def digest(self, connection: Connection, data: bytes) -> list[Arrival]:
-        """Add to a connection's buffer; return the request that is whole by that."""
+    def digest(self, connection: Connection, data: bytes) -> None:
+        """Add to a connection's buffer; note the request that is whole by that."""
         connection.buffer += data
         self.held += len(data)
         if self.held > self.room:
@@ -1533,14 +1500,12 @@ class Server:
                 self.take_head(connection)
         except Refusal as refusal:
             self.refused(connection, refusal)
-            return []
-        head, gone = connection.head, connection not in self.connections
-        if head is None or gone or connection.whole or len(connection.buffer) < head.length:
-            return []
-        connection.whole, connection.body = True, head.length
-        self.held += head.length
-        self.rearm(connection)
-        return [Arrival(connection, head, self.take(connection, head.length))]
+        head, here = connection.head, connection in self.connections
+        if head and here and not connection.whole and len(connection.buffer) >= head.length:
+            connection.whole, connection.body = True, self.take(connection, head.length)
+            self.held += head.length
+            self.rearm(connection)
+            self.arrived.append(connection)
 
     def take_head(self, connection: Connection) -> None:
         """Take a head out of a connection's buffer, once it is whole, and have it checked."""
@@ -1571,8 +1536,8 @@ class Server:
                   f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
                   + "Allow: POST\r\n" * (status == 405)
                   + ("\r\n" if keep else "Connection: close\r\n\r\n"))
-        self.held -= connection.body
-        connection.head, connection.whole, connection.body = None, False, 0
+        self.held -= len(connection.body)
+        connection.head, connection.whole, connection.body = None, False, b""
         self.send(connection, answer.encode() + body)
         if connection not in self.connections:
             return
@@ -1589,11 +1554,9 @@ class Server:
 
     def send(self, connection: Connection, data: bytes) -> None:
         """Send a few bytes at once; who has no room for them does not listen."""
-        try:
+        with contextlib.suppress(OSError):
             if connection.sock.send(data) == len(data):
                 return
-        except OSError:
-            pass
         self.drop(connection)
 
     def fail(self) -> None:
@@ -1616,7 +1579,6 @@ class LogHandler(logging.Handler):
     def __init__(self, path: str, stderr: bool) -> None:
         super().__init__()
         self.path, self.stderr, self.lost = path, stderr, 0
-        self.syslog: socket.socket | None = None
         self.times = logging.Formatter("%(asctime)s %(levelname)s: %(message)s")
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -1624,29 +1586,11 @@ class LogHandler(logging.Handler):
         lost = f" (lost {self.lost} lines before this one)" if self.lost else ""
         priority = 3 << 3 | {"INFO": 6, "WARNING": 4}.get(record.levelname, 3)  # syslog(3): daemon
         line = f"<{priority}>hookd[{os.getpid()}]: {escape(self.format(record) + lost)}"
-        told = bool(self.path) and self.to_syslog(line.encode("utf-8", "replace"))
+        told = bool(self.path) and datagram(self.path, 0.0, line)
         if not told and self.stderr:
             line = f"{escape(self.times.format(record) + lost)}\n"
             told = self.to_stderr(line.encode("utf-8", "replace"))
         self.lost = 0 if told else self.lost + 1
-
-    def to_syslog(self, line: bytes) -> bool:
-        """Send a line to syslog; False where it is stuck or missing."""
-        for _ in range(2):  # a syslog that was restarted has another socket under its name
-            try:
-                if self.syslog is None:
-                    self.syslog = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    self.syslog.setblocking(False)
-                    self.syslog.connect(self.path)
-                self.syslog.send(line)
-                return True
-            except BlockingIOError:
-                return False
-            except OSError:
-                if self.syslog:
-                    self.syslog.close()
-                self.syslog = None
-        return False
 
     def to_stderr(self, line: bytes) -> bool:
         poll = select.poll()
@@ -1693,11 +1637,17 @@ class Noise:
 
 def notify(text: str, *files: int) -> None:
     """Tell systemd, where it listens (sd_notify(3)); descriptors go with FDSTORE=1."""
-    path = re.sub("^@", "\0", os.environ.get("NOTIFY_SOCKET", ""))
-    if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.connect(path)
-            socket.send_fds(sock, [text.encode()], list(files))
+    if "NOTIFY_SOCKET" in os.environ:
+        datagram(re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]), 1.0, text, *files)
+
+
+def datagram(path: str, patience: float, text: str, *files: int) -> bool:
+    """Send a datagram to whoever has that name now: a restarted syslog has another socket."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(patience)
+        sock.connect(path)
+        return socket.send_fds(sock, [text.encode("utf-8", "replace")], list(files)) > 0
+    return False
 
 
 def passed_sockets() -> dict[str, list[socket.socket]]:
@@ -1795,7 +1745,7 @@ class Daemon:
         self.noise, self.remotes = Noise(), Remotes(self)
         usec = os.environ.get("WATCHDOG_USEC", "")
         self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)
-        self.told = self.stored = ""  # the STATUS= line; the stored socket's name
+        self.where = self.told = self.stored = ""  # address, STATUS= line, stored socket's name
         self.given = False  # whether a .socket unit gave us sockets
         ear, self.waker = socket.socketpair()
         ear.setblocking(False)
@@ -1808,7 +1758,7 @@ class Daemon:
             signal.signal(number, lambda number, _: self.signals.append(number))
         signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
         self.apply(self.config, passed_sockets())
-        log.info("listening on %s", bound_address(self.server.listeners[0]))
+        log.info("listening on %s", self.where)
         notify("READY=1")
         while self.stop_at == NEVER or len(self.jobs) > len(self.ended):
             try:
@@ -1823,11 +1773,11 @@ class Daemon:
     def turn(self) -> None:
         """Wait for the next thing to do, then do all there is."""
         due = min(self.look_at, self.stop_at, self.beat_at, self.noise.until, self.remotes.at)
-        arrivals = self.server.poll(due - time.monotonic())
+        senders = self.server.poll(due - time.monotonic())
         while self.signals:
             self.obey(self.signals.pop(0))
         self.noise.settle()
-        accepted = [pair for arrival in arrivals for pair in self.judge(arrival)]
+        accepted = [pair for sender in senders for pair in self.judge(sender)]
         if accepted or time.monotonic() >= self.look_at:
             self.advance(accepted)
         now = time.monotonic()
@@ -1858,32 +1808,32 @@ class Daemon:
         quiet = self.config.quiet and readable
         self.server.reply(connection, 200 if quiet else status, "ok" if quiet else text)
 
-    def judge(self, arrival: Arrival) -> list[tuple[Arrival, Decision]]:
+    def judge(self, sender: Connection) -> list[tuple[Connection, Decision]]:
         """Answer a delivery that is not for the queue; return one that is."""
-        config, request = self.config, arrival.request
+        config, request = self.config, sender.head
         try:
             signature = request.fields["x-hub-signature-256"]
-            secret = authenticate(config.all_secrets, signature, arrival.body)
+            secret = authenticate(config.all_secrets, signature, sender.body)
         except Refusal as refusal:
-            self.refused(arrival.connection, refusal)
+            self.refused(sender, refusal)
             return []
         try:
-            decision = decide(config, request, arrival.body, secret)
+            decision = decide(config, request, sender.body, secret)
         except Refusal as refusal:  # of a sender who is known
             decision = Decision(refusal.status, refusal.reason)
         if decision.hook:
-            return [(arrival, decision)]
-        self.tell(arrival, decision.status, decision.text)
+            return [(sender, decision)]
+        self.tell(sender, decision.status, decision.text)
         return []
 
-    def tell(self, arrival: Arrival, status: int, text: str) -> None:
+    def tell(self, sender: Connection, status: int, text: str) -> None:
         """Answer a signed delivery and log the same."""
-        client, delivery = arrival.connection.client or "unix", delivery_id(arrival)
-        self.answer(arrival.connection, status, text)
+        client, delivery = sender.client or "unix", sender.head.delivery
+        self.answer(sender, status, text)
         level = {2: logging.INFO, 4: logging.WARNING}.get(status // 100, logging.ERROR)
         log.log(level, "%s delivery=%s client=%s", text, delivery, client)
 
-    def advance(self, accepted: Sequence[tuple[Arrival, Decision]]) -> None:
+    def advance(self, accepted: Sequence[tuple[Connection, Decision]]) -> None:
         """Take a step of the queue, in one transaction: what ended, what came, what begins.
 
         Inside it only the database is touched. All that depends on it comes when it is on disk:
@@ -1901,7 +1851,7 @@ class Daemon:
                     key = self.store.target_id(job.run.target)
                     for old in self.store.prune(key, self.config.keep):
                         self.after.append(partial(forget, self.config.state, old))
-                answers = [self.enqueue(*pair) for pair in accepted]
+                answers = [self.enqueue(one.head.delivery, decision) for one, decision in accepted]
                 for hook, push in found:
                     self.catch_up(hook, push)
                 self.dispatch({job.run.id for job, *_ in ended}, begun)
@@ -1917,8 +1867,8 @@ class Daemon:
                     free_locks(job.locks)
                 ended, found, begun, self.look_at = [], [], [], now + 1
                 self.after.clear()
-        for (arrival, _), answer in zip(accepted, answers):
-            self.tell(arrival, *answer)
+        for (sender, _), answer in zip(accepted, answers):
+            self.tell(sender, *answer)
         for effect in self.after:
             effect()
         for job, *_ in ended:
@@ -1928,7 +1878,7 @@ class Daemon:
             self.begin(job)
         self.tell_systemd()
 
-    def enqueue(self, arrival: Arrival, decision: Decision) -> tuple[int, str]:
+    def enqueue(self, delivery: str, decision: Decision) -> tuple[int, str]:
         """Write one delivery into the queue; return its answer, good once it is committed."""
         hook, push = decision.hook, decision.push
         if hook is None or push is None:
@@ -1942,7 +1892,7 @@ class Daemon:
         if decision.status != 202:
             self.store.consider(key, push)
             return decision.status, decision.text
-        number = self.store.add(key, push, delivery_id(arrival), decision.payload)
+        number = self.store.add(key, push, delivery, decision.payload)
         replaced = self.store.supersede(key) if hook.queue != "every" else []
         running = [job for job in self.jobs.values() if job.run.target == target]
         if hook.queue != "every" and (running or target in self.calm):
@@ -2067,8 +2017,9 @@ class Daemon:
         spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES - 16 * config.jobs
         self.server.most = max(16, min(CONNECTIONS_MAX, spare))
         self.server.listen(listeners)
+        self.where = bound_address(listeners[0])
         with contextlib.suppress(OSError), open(f"{config.state}/address", "w") as file:
-            file.write(str(bound_address(listeners[0])))
+            file.write(self.where)
 
     def listeners(self, wanted: str, passed: Mapping[str, list[socket.socket]],
                   ) -> list[socket.socket]:
@@ -2103,8 +2054,8 @@ class Daemon:
         else:
             self.stop_at = time.monotonic() + DRAIN_SECONDS
             notify("STOPPING=1")
-            log.info("stopping after %d running commands, in %d s at most",
-                     len(self.jobs), DRAIN_SECONDS)
+            most = f"in {DRAIN_SECONDS:.0f} s at most"
+            log.info("stopping after %d running commands, %s", len(self.jobs), most)
 
     def reload(self) -> None:
         """Put the ini in force as it is now, or tell why not and go on with the old one."""
@@ -2117,8 +2068,7 @@ class Daemon:
             self.apply(config, {})
             self.remotes.next.clear()
             self.remotes.at = 0.0
-            where = bound_address(self.server.listeners[0])
-            log.info("reloaded: listening on %s hooks=%d", where, len(config.hooks))
+            log.info("reloaded: listening on %s hooks=%d", self.where, len(config.hooks))
         except (ConfigError, OSError) as error:
             for problem in getattr(error, "problems", (str(error),)):
                 log.error("not reloaded, the old configuration stays: %s", problem)
@@ -2142,9 +2092,10 @@ class Daemon:
 
     def tell_systemd(self) -> None:
         """Keep the line in `systemctl status` true."""
-        line = f"hooks: {len(self.config.hooks)}, running: {len(self.jobs)}"
+        hooks, running = len(self.config.hooks), len(self.jobs)
+        line = f"STATUS=listening on {self.where}, hooks: {hooks}, running: {running}"
         if line != self.told and self.server.listeners:
-            notify(f"STATUS=listening on {bound_address(self.server.listeners[0])}, {line}")
+            notify(line)
             self.told = line
 
 
@@ -2158,33 +2109,30 @@ class Remotes:
 
     def start(self) -> None:
         """Ask those whose time has come, in a thread of their own."""
-        now, repos = time.monotonic(), {}
+        now, heard = time.monotonic(), "SELECT DISTINCT repo FROM targets WHERE hook = ?"
+        due: list[tuple[Hook, str]] = []
         hooks = [hook for hook in self.daemon.config.hooks.values()
                  if hook.git and hook.catch_up and hook.event == "push"]
-        due = [hook for hook in hooks if self.next.get(hook.section, 0.0) <= now]
-        self.at = now + NOISE_SECONDS
+        times = {hook.section: self.next.get(hook.section, 0.0) for hook in hooks}
         try:
-            for hook in due:
-                if hook.repo.endswith("/*"):  # those that hookd has heard of
-                    sql = "SELECT DISTINCT repo FROM targets WHERE hook = ?"
-                    rows = self.daemon.store.execute(sql, hook.section)
-                    repos[hook.section] = [repo for (repo,) in rows]
-            start_thread(self.ask, due, repos)
+            for hook in (hook for hook in hooks if times[hook.section] <= now):
+                times[hook.section] = now + hook.catch_up
+                every = hook.repo.endswith("/*")  # of those that hookd has heard of
+                rows = self.daemon.store.execute(heard, hook.section) if every else [[hook.repo]]
+                due += [(hook, repo) for (repo,) in rows]
+            self.next, self.at = times, NEVER  # until the thread is through
+            start_thread(self.ask, due)
         except (sqlite3.Error, OSError, ConfigError) as error:
             log.error("remotes cannot be asked now: %s", error)
-            return
-        self.next = {hook.section: self.next.get(hook.section, 0.0) for hook in hooks}
-        self.next.update((hook.section, now + hook.catch_up) for hook in due)
-        self.at = NEVER if due else min(self.next.values(), default=NEVER)
+            self.next, self.at = {}, now + NOISE_SECONDS
 
-    def ask(self, hooks: Sequence[Hook], repos: Mapping[str, list[str]]) -> None:
+    def ask(self, due: Sequence[tuple[Hook, str]]) -> None:
         """Ask for each hook, one after the other: the root of a thread."""
-        for hook in hooks:
-            for repo in repos.get(hook.section, [hook.repo]):
-                try:
-                    self.ask_one(hook, repo)
-                except Exception:
-                    log.exception("a bug in hookd, in catch-up; please report this")
+        for hook, repo in due:
+            try:
+                self.ask_one(hook, repo)
+            except Exception:
+                log.exception("a bug in hookd, in catch-up; please report this")
         self.at = min(self.next.values(), default=NEVER)
         self.daemon.wake()
 
@@ -2205,10 +2153,6 @@ class Remotes:
             push = Push("push", repo, ref, commit)
             if hook == next((h for h in config.hooks_for(repo) if h.matches(push)), None):
                 self.daemon.found.append((hook, push))
-
-
-def delivery_id(arrival: Arrival) -> str:
-    return escape(arrival.request.fields.get("x-github-delivery", "")[:100]) or "-"
 
 
 def report(job: Job, outcome: Outcome, duration: float) -> None:
@@ -2268,30 +2212,26 @@ def load(file: str, verb: str) -> Config:
         try:
             with open(path, encoding="utf-8") as secret:
                 return secret.read()
-        except FileNotFoundError:
-            if is_default and verb in ("serve", "secret"):
+        except OSError as error:
+            missing = is_default and isinstance(error, FileNotFoundError)
+            if missing and verb in ("serve", "secret"):
                 os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
                 with open(path, "x", encoding="utf-8", opener=private) as new:
                     new.write(nobody_knows + "\n")
-            if is_default:
+            # These verbs need no secret, and systemd shows ExecReload= no credentials.
+            hidden = verb == "check" and "CREDENTIALS_DIRECTORY" in os.environ
+            if missing or hidden or verb in ("run", "status", "log"):
                 return nobody_knows
-            problem: OSError = FileNotFoundError(f"no {path}")
-        except OSError as error:
-            problem = error
-        # These verbs need no secret, and systemd shows ExecReload= no credentials.
-        if verb in ("run", "status", "log") or (
-                verb == "check" and "CREDENTIALS_DIRECTORY" in os.environ):
-            return nobody_knows
-        if is_default:
-            raise SystemExit(f"hookd: {problem}; try it with sudo")
-        raise problem
+            if is_default:
+                raise SystemExit(f"hookd: {error}; try it with sudo") from None
+            raise
 
     return Ini(os.path.basename(file), base, read_secret).config(text, default_state(os.environ))
 
 
 def become_owner(text: str, base: str) -> None:
     """As root, become the owner of the state that an ini names, so that no file there is root's."""
-    ini = Ini.parser(strict=False)
+    ini = ini_parser(strict=False)
     with contextlib.suppress(configparser.Error):
         ini.read_string(text)
     named = ini.get("hookd", "state", fallback="")
@@ -2374,18 +2314,17 @@ def check(config: Config, options: argparse.Namespace) -> int:
 def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
     """Find what is wrong with what an ini names: section, key, fault and remedy of each."""
     import shutil
-    ini, base = Ini.parser(strict=False), os.path.dirname(os.path.abspath(options.file))
+    ini, base = ini_parser(strict=False), os.path.dirname(os.path.abspath(options.file))
     ini.read(options.file, encoding="utf-8-sig")
     files = [(s, key, secret_path(ini[s][key], base) if key == "secret_file" else options.file)
              for s in ini.sections() for key in SECRETS if key in ini[s]]
     for section, key, name in [*files, ("hookd", "secret_file", f"{config.state}/secret")]:
         if everybody_reads(os.path.abspath(name)):
             yield f"[{section}] {key}: every user can read {name}; chmod o-r {name}"
-    hooks = list(config.hooks.values())
-    if any(hook.git for hook in hooks) and not shutil.which("git"):
+    if any(hook.git for hook in config.hooks.values()) and not shutil.which("git"):
         yield "[hookd] git: is not in PATH; install it, or set PATH for hookd"
-    for place, hook in enumerate(hooks):
-        for problem in examine_hook(config, hook, hooks[:place]):
+    for hook in config.hooks.values():
+        for problem in examine_hook(config, hook):
             yield f"[{hook.section}] {problem}"
         if options.online and hook.git and not hook.repo.endswith("*"):
             try:
@@ -2405,25 +2344,20 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
 
 def everybody_reads(path: str) -> bool:
     """Tell whether any user may read a file: it, and enter all the folders above it."""
-    if not os.path.exists(path) or not os.stat(path).st_mode & 0o004:
-        return False
-    while path != "/":
-        path = os.path.dirname(path)
-        if not os.stat(path).st_mode & 0o001:
-            return False
-    return True
+    from pathlib import Path
+    bits = [(Path(path), 0o004), *((folder, 0o001) for folder in Path(path).parents)]
+    return os.path.exists(path) and all(os.stat(one).st_mode & bit for one, bit in bits)
 
 
-def examine_hook(config: Config, hook: Hook, before: Sequence[Hook]) -> Iterator[str]:
+def examine_hook(config: Config, hook: Hook) -> Iterator[str]:
     """Find what is wrong with what a hook names, and with those before it."""
-    user = f"the user {user_name()}"
-    names = (hook.repo.lower(), hook.repo.lower().split("/")[0] + "/*")
-    work = f"{config.state}/{WORK}"
-    for other in (other for other in before if other.repo.lower() in names):
+    user, default = f"the user {user_name()}", f"{config.state}/{WORK}"
+    mine = config.hooks_for(hook.repo)
+    for other in mine[: mine.index(hook)]:
+        same = short_name(hook.pattern) == short_name(other.pattern)
         if other.event == hook.event and fnmatchcase(hook.pattern, other.pattern):
             yield f"can never match: [{other.section}] above takes all of it; move this one up"
-        elif hook.directory == other.directory == work and (
-                short_name(hook.pattern) == short_name(other.pattern)):
+        elif same and hook.directory == other.directory == default:
             yield f"directory: is that of [{other.section}] too; set directory in one of them"
     directory = re.sub(r"/[^/]*\{.*", "", hook.directory)
     while not os.path.exists(directory):
@@ -2530,11 +2464,10 @@ def send(config: Config, options: argparse.Namespace) -> int:
         raise SystemExit(f"hookd: {config.place} has no secret for {options.repo}")
     secret = secrets[0]
     body = push_json(push)
-    event = "ping" if options.event == "ping" else push.event
-    status, text = post(config, body, [
-        "Content-Type: application/json", f"X-GitHub-Event: {event}",
-        f"X-GitHub-Delivery: {delivery}",
-        f"X-Hub-Signature-256: sha256={hmac.new(secret, body, 'sha256').hexdigest()}"])
+    status, text = post(config, body, {
+        "Content-Type": JSON, "X-GitHub-Delivery": delivery,
+        "X-GitHub-Event": "ping" if options.event == "ping" else push.event,
+        "X-Hub-Signature-256": f"sha256={hmac.new(secret, body, 'sha256').hexdigest()}"})
     print(text)
     if options.wait and (status == 202 or config.quiet):
         for row in Store(config.state).runs("WHERE r.delivery = ?", delivery):
@@ -2542,30 +2475,28 @@ def send(config: Config, options: argparse.Namespace) -> int:
     return 0 if status == 202 or text == "ok" or text.startswith("pong") else 1
 
 
-def post(config: Config, body: bytes, fields: Sequence[str]) -> tuple[int, str]:
+def post(config: Config, body: bytes, fields: Mapping[str, str]) -> tuple[int, str]:
     """POST to the running daemon, at the address that it noted; return status and text."""
-    where = daemon_address(config)
+    from http.client import HTTPConnection, HTTPException
+    where, link = daemon_address(config), HTTPConnection("localhost")
     host, _, port = where.rpartition(":")
     host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
-    head = [f"POST {config.path} HTTP/1.1", "Host: localhost", "Connection: close", *fields]
-    head += [f"Content-Length: {len(body)}", "", ""]
     try:
         if host == "unix":
-            sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(REQUEST_SECONDS)
-            sock.connect(port)
+            link.sock = socket.socket(socket.AF_UNIX)
+            link.sock.settimeout(REQUEST_SECONDS)
+            link.sock.connect(port)
         else:
-            sock = socket.create_connection((host, int(port)), REQUEST_SECONDS)
+            link.sock = socket.create_connection((host, int(port)), REQUEST_SECONDS)
         if config.tls_cert:
             import ssl
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is ourselves
-            sock = context.wrap_socket(sock)
-        with sock:
-            sock.sendall("\r\n".join(head).encode() + body)
-            answer = b"".join(iter(lambda: sock.recv(CHUNK), b"")).decode()
-        return int(answer[9:12]), answer.partition("\r\n\r\n")[2].strip()
-    except (OSError, ValueError) as error:
+            link.sock = context.wrap_socket(link.sock)
+        link.request("POST", config.path, body, dict(fields))
+        answer = link.getresponse()
+        return answer.status, answer.read().decode().strip()
+    except (OSError, HTTPException, ValueError) as error:
         raise SystemExit(f"hookd: nobody answers on {where} ({error}); is the daemon up?") from None
 
 
@@ -2600,8 +2531,9 @@ def has_history(config: Config) -> bool:
 def status(config: Config, options: argparse.Namespace) -> int:
     """each target: last state, commit, when, how long, what waits; 1 if any is not ok"""
     found = []
-    for row in Store(config.state).execute(STATUS) if has_history(config) else ():
-        facts = dict(zip(STATUS_COLUMNS, row))
+    rows: Any = Store(config.state).execute(STATUS) if has_history(config) else ()
+    for row in rows:
+        facts = {name: value for (name, *_), value in zip(rows.description, row)}
         deleted, open_runs = facts.pop("deleted"), facts["running"] or facts["waiting"]
         gone = facts["hook"] not in config.hooks or (deleted and facts["state"] == "ok")
         if open_runs or (facts["run"] and not gone):
@@ -2660,18 +2592,14 @@ VERBS = {"serve": serve, "check": check, "run": run, "send": send, "status": sta
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; usage errors exit 2."""
     import argparse
+    top = argparse.ArgumentParser(prog="hookd.py", description=(__doc__ or "").split("\n")[0])
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hookd.ini")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-c", metavar="FILE", dest="file", default=argparse.SUPPRESS,
-                        help="the ini; hookd.ini beside hookd.py unless given")
-    about = (__doc__ or "").partition("\n")[0]
-    top = argparse.ArgumentParser(prog="hookd.py", parents=[common], description=about)
+    top.add_argument("-c", metavar="FILE", dest="file", default=beside,
+                     help="the ini; hookd.ini beside hookd.py unless given")
     top.add_argument("--version", action="version", version=f"hookd {VERSION}")
     verbs = top.add_subparsers(metavar="VERB", dest="verb")
-    of = {}
-    for name, verb in VERBS.items():
-        about = (verb.__doc__ or "").partition("\n")[0]
-        of[name] = verbs.add_parser(name, parents=[common], help=about, description=about)
+    of = {name: verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__)
+          for name, verb in VERBS.items()}
     for name in ("run", "send"):
         of[name].add_argument("repo", metavar="REPO", help="owner/repo")
         of[name].add_argument("branch", metavar="BRANCH", help="a branch, or a whole refs/...")
@@ -2683,9 +2611,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     of["status"].add_argument("--json", action="store_true", help="for programs")
     of["log"].add_argument("words", nargs="*", metavar="RUN|REPO BRANCH")
     of["log"].add_argument("-f", dest="follow", action="store_true", help="until the run has ended")
-    options = top.parse_args(argv, argparse.Namespace(file=beside, event=""))
-    options.verb = options.verb or "serve"
-    return options
+    top.set_defaults(event="", verb="serve")
+    return top.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
