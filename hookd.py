@@ -125,7 +125,7 @@ class Push(NamedTuple):
     before: str = ""
     pusher: str = ""
     deleted: bool = False
-    pushed_at: int = 0
+    pushed_at: int = 0  # what orders the pushes of a target
 
     @property
     def place(self) -> str:
@@ -707,7 +707,10 @@ def read_workflow_run(data: Any, repo: str) -> Push | None:
         return None
     ref = needed(REF, f"refs/heads/{text_of(run, 'head_branch')}", "branch")
     commit = needed(COMMIT, pick(run, "head_sha"), "commit")
-    return Push("workflow_run", repo, ref, commit, pusher=text_of(run, "actor", "login"))
+    number = pick(run, "id")  # grows with each new run: the slow check of an old push comes late
+    order = number if type(number) is int and 0 < number < 2**62 else 0
+    who = text_of(run, "actor", "login")
+    return Push("workflow_run", repo, ref, commit, pusher=who, pushed_at=order)
 
 
 def read_release(data: Any, repo: str) -> Push | None:
@@ -793,6 +796,13 @@ STATUS = """SELECT repo, ref, hook, directory, r.id AS run, nullif(last_state, '
     FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY repo, ref"""
 
 
+def run_numbers(state: str) -> list[int]:
+    """Return the numbers of the runs that have files."""
+    with contextlib.suppress(FileNotFoundError):
+        return [int(name) for name in os.listdir(os.path.join(state, "runs")) if name.isdigit()]
+    return []
+
+
 class Store:
     """Keep queue and history in one SQLite file; errors are sqlite3.Error, or a ConfigError.
 
@@ -815,6 +825,9 @@ class Store:
                     version = db.execute("PRAGMA user_version").fetchone()[0]
                     if version < SCHEMA_VERSION:
                         db.executescript(SCHEMA)
+                        # After a database that was moved away, no run gets the number of another.
+                        last = max(run_numbers(os.path.dirname(self.path)), default=0)
+                        db.execute("INSERT INTO sqlite_sequence VALUES ('runs', ?)", (last,))
                 except sqlite3.OperationalError:
                     raise
                 except sqlite3.DatabaseError as error:
@@ -1266,8 +1279,8 @@ def check_out(job: Job, deadline: float) -> Outcome | None:
         fault = f"{directory} is a clone of {have or 'nothing'}, not of {url}"
         return Outcome("failed", 1, f"{fault}; if it may become one: {remedy}")
     break_locks(git)
-    sound = have and os.path.exists(f"{git}/HEAD")
-    steps = [] if sound else [["init", "-q"], ["config", "remote.origin.url", url]]
+    steps = [["init", "-q"]]  # makes what is missing, and nothing else
+    steps += [] if have else [["config", "remote.origin.url", url]]
     steps += [["fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no", "origin",
                job.run.push.ref], ["checkout", "-q", "--force", "--detach", "FETCH_HEAD"]]
     healed = False
@@ -1296,9 +1309,11 @@ def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
     known = os.path.join(state, "known_hosts")
     known = f'"{known}"' if " " in known else known
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new",
+           "-o", "ConnectTimeout=30", "-o", "ServerAliveInterval=15",
            "-o", f"UserKnownHostsFile={known}"]
     ssh += ["-o", "IdentitiesOnly=yes", "-i", hook.deploy_key] if hook.deploy_key else []
-    return {b"GIT_SSH_COMMAND": os.fsencode(shlex.join(ssh)), b"LC_ALL": b"C"}
+    return {b"GIT_SSH_COMMAND": os.fsencode(shlex.join(ssh)), b"LC_ALL": b"C",
+            b"GIT_HTTP_LOW_SPEED_LIMIT": b"1", b"GIT_HTTP_LOW_SPEED_TIME": b"60"}
 
 
 def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str = "/",
@@ -1872,7 +1887,7 @@ class Daemon:
         for effect in self.after:
             effect()
         for job, *_ in ended:
-            del self.jobs[job.run.id]
+            self.jobs.pop(job.run.id, None)
         del self.ended[: len(ended)], self.found[: len(found)]
         for job in begun:
             self.begin(job)
@@ -2079,8 +2094,8 @@ class Daemon:
         listeners = self.server.listeners
         self.server.listen([])
         self.advance([])  # what ended last
-        self.stop_at = time.monotonic() + PART_SECONDS
-        while self.server.connections and time.monotonic() < self.stop_at:
+        until = self.stop_at = time.monotonic() + PART_SECONDS
+        while self.server.connections and time.monotonic() < until:
             self.turn()
         if self.config.listen.startswith("unix:") and not os.environ.get("NOTIFY_SOCKET"):
             with contextlib.suppress(OSError):
@@ -2256,6 +2271,9 @@ def make_state(config: Config) -> None:
 
 def serve(config: Config, options: argparse.Namespace) -> int:
     """the daemon (the default verb)"""
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    first = 3 + (int(os.environ.get("LISTEN_FDS", "0")) if ours else 0)
+    os.closerange(first, 1024)  # the lock of a run that started this hookd would be among them
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = CONNECTIONS_MAX + SPARE_FILES + 16 * config.jobs  # one for each connection
     wanted = max(soft, wanted if hard < 0 else min(wanted, hard))
