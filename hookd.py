@@ -806,24 +806,23 @@ class Store:
     def connect(self) -> sqlite3.Connection:
         """Return the connection, opened and its tables made if need be."""
         if self.db is None:
-            with contextlib.ExitStack() as undo:
-                db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-                undo.callback(db.close)
-                try:
-                    db.execute("PRAGMA journal_mode = WAL")
-                    db.execute("PRAGMA synchronous = FULL")
-                    version = db.execute("PRAGMA user_version").fetchone()[0]
-                    if version < SCHEMA_VERSION:
-                        db.executescript(SCHEMA)
-                except sqlite3.OperationalError:
+            db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version < SCHEMA_VERSION:
+                    db.executescript(SCHEMA)
+            except sqlite3.DatabaseError as error:
+                db.close()
+                if isinstance(error, sqlite3.OperationalError):
                     raise
-                except sqlite3.DatabaseError as error:
-                    remedy = "move it away, hookd makes a new one"
-                    raise ConfigError(f"{self.path}: {error}; {remedy}") from None
-                if version > SCHEMA_VERSION:
-                    fault = f"is of a newer hookd (user_version {version})"
-                    raise ConfigError(f"{self.path}: {fault}; use that one")
-                undo.pop_all()
+                remedy = "move it away, hookd makes a new one"
+                raise ConfigError(f"{self.path}: {error}; {remedy}") from None
+            if version > SCHEMA_VERSION:
+                db.close()
+                fault = f"is of a newer hookd (user_version {version})"
+                raise ConfigError(f"{self.path}: {fault}; use that one")
             self.db, self.stat = db, os.stat(self.path)
         return self.db
 
@@ -1587,19 +1586,11 @@ class LogHandler(logging.Handler):
         priority = 3 << 3 | {"INFO": 6, "WARNING": 4}.get(record.levelname, 3)  # syslog(3): daemon
         line = f"<{priority}>hookd[{os.getpid()}]: {escape(self.format(record) + lost)}"
         told = bool(self.path) and datagram(self.path, 0.0, line)
-        if not told and self.stderr:
-            line = f"{escape(self.times.format(record) + lost)}\n"
-            told = self.to_stderr(line.encode("utf-8", "replace"))
-        self.lost = 0 if told else self.lost + 1
-
-    def to_stderr(self, line: bytes) -> bool:
-        poll = select.poll()
-        poll.register(2, select.POLLOUT)
         with contextlib.suppress(OSError):
-            if poll.poll(0) == [(2, select.POLLOUT)]:
-                os.write(2, line[: select.PIPE_BUF])  # a writable pipe has as much room (pipe(7))
-                return True
-        return False
+            if not told and self.stderr and select.select([], [2], [], 0)[1]:
+                data = f"{escape(self.times.format(record) + lost)}\n".encode("utf-8", "replace")
+                told = os.write(2, data[: select.PIPE_BUF]) > 0  # a pipe has as much room (pipe(7))
+        self.lost = 0 if told else self.lost + 1
 
 
 def open_log(wanted: str, syslog: str = "/dev/log") -> None:
