@@ -2274,14 +2274,12 @@ def trim_memory() -> None:
 
 def daemon_pid(config: Config) -> int:
     """Return the pid of the hookd that serves this state, 0 where none does."""
-    try:
-        with open(lock_file(config.state, DAEMON_LOCK), encoding="utf-8") as file:
-            holder = file.read().split()
+    with contextlib.suppress(OSError), open(lock_file(config.state, DAEMON_LOCK)) as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(holder[1]) if holder[1:] else 0
-    except OSError:
-        pass
+        except BlockingIOError:
+            holder = file.read().split()
+            return int(holder[1]) if holder[1:] else 0
     return 0
 
 
@@ -2619,10 +2617,9 @@ def main(argv: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:  # `hookd.py log | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except PermissionError as error:
-        print(f"hookd: {error}; try it with sudo", file=sys.stderr)
     except (OSError, sqlite3.Error) as error:
-        print(f"hookd: {error}", file=sys.stderr)
+        remedy = "; try it with sudo" if isinstance(error, PermissionError) else ""
+        print(f"hookd: {error}{remedy}", file=sys.stderr)
     return 1
 
 
