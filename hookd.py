@@ -1958,13 +1958,13 @@ class Daemon:
 
     def job(self, run: Run, hook: Hook) -> Job | None:
         """Return a run's Job with its locks; None while another process has them, which is told."""
-        state, holder = self.config.state, f"hookd {os.getpid()} run {run.id}"
+        state, names = self.config.state, lock_names(hook, run.target)
         try:
-            locks, problem = take_locks(state, lock_names(hook, run.target), holder), "held"
+            locks, problem = take_locks(state, names, f"hookd {os.getpid()} run {run.id}"), "held"
         except (OSError, ValueError) as error:
             locks, problem = None, str(error)
         if locks is None and run.id not in self.waits:
-            path = lock_file(state, lock_names(hook, run.target)[0])
+            path = lock_file(state, names[0])
             log.info("run %d waits for a lock: %s: %s file=%s", run.id, problem, run.push, path)
             self.waits.add(run.id)
         return None if locks is None else Job(run, hook, state, locks)
