@@ -816,27 +816,27 @@ class Store:
     def connect(self) -> sqlite3.Connection:
         """Return the connection, opened and its tables made if need be."""
         if self.db is None:
-            with contextlib.ExitStack() as undo:
-                db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-                undo.callback(db.close)
-                try:
-                    db.execute("PRAGMA journal_mode = WAL")
-                    db.execute("PRAGMA synchronous = FULL")
-                    version = db.execute("PRAGMA user_version").fetchone()[0]
-                    if version < SCHEMA_VERSION:
-                        db.executescript(SCHEMA)
-                        # After a database that was moved away, no run gets the number of another.
-                        last = max(run_numbers(os.path.dirname(self.path)), default=0)
+            db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+            try:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version < SCHEMA_VERSION:
+                    db.executescript(SCHEMA)
+                    # After a database that was moved away, no run gets the number of another.
+                    last = max(run_numbers(os.path.dirname(self.path)), default=0)
+                    if last:
                         db.execute("INSERT INTO sqlite_sequence VALUES ('runs', ?)", (last,))
-                except sqlite3.OperationalError:
+            except sqlite3.DatabaseError as error:
+                db.close()
+                if isinstance(error, sqlite3.OperationalError):
                     raise
-                except sqlite3.DatabaseError as error:
-                    remedy = "move it away, hookd makes a new one"
-                    raise ConfigError(f"{self.path}: {error}; {remedy}") from None
-                if version > SCHEMA_VERSION:
-                    fault = f"is of a newer hookd (user_version {version})"
-                    raise ConfigError(f"{self.path}: {fault}; use that one")
-                undo.pop_all()
+                remedy = "move it away, hookd makes a new one"
+                raise ConfigError(f"{self.path}: {error}; {remedy}") from None
+            if version > SCHEMA_VERSION:
+                db.close()
+                fault = f"is of a newer hookd (user_version {version})"
+                raise ConfigError(f"{self.path}: {fault}; use that one")
             self.db, self.stat = db, os.stat(self.path)
         return self.db
 
@@ -929,15 +929,14 @@ class Store:
     def finish(self, run: int, outcome: Outcome, commit: str, duration: float) -> None:
         """Record how a run ended."""
         # What was considered while it ran stays the newest.
-        self.execute(
-            """UPDATE targets SET last_run = ?2, last_state = ?3,
-            newest = CASE newest WHEN (SELECT commit_id FROM runs WHERE id = ?2) THEN ?1
-            ELSE newest END, last_good = CASE ?3 WHEN 'ok' THEN ?1 ELSE last_good END
-            WHERE id = (SELECT target FROM runs WHERE id = ?2)""", commit, run, outcome.state)
-        self.execute(
-            """UPDATE runs SET state = ?1, exit = ?2, note = ?3, commit_id = ?4, ended = ?5,
-            duration = ?6, payload = CASE ?1 WHEN 'interrupted' THEN payload END
-            WHERE id = ?7""", *outcome, commit, time.time(), duration, run)
+        sql = """UPDATE targets SET last_run = ?, last_state = ?, newest = CASE newest
+            WHEN (SELECT commit_id FROM runs WHERE id = ?) THEN ? ELSE newest END,
+            last_good = CASE ? WHEN 'ok' THEN ? ELSE last_good END
+            WHERE id = (SELECT target FROM runs WHERE id = ?)"""
+        self.execute(sql, run, outcome.state, run, commit, outcome.state, commit, run)
+        sql = """UPDATE runs SET state = ?, exit = ?, note = ?, commit_id = ?, ended = ?,
+            duration = ?, payload = CASE ? WHEN 'interrupted' THEN payload END WHERE id = ?"""
+        self.execute(sql, *outcome, commit, time.time(), duration, outcome.state, run)
 
     def prune(self, key: int, keep: int) -> list[int]:
         """Forget all but the newest finished runs of a target; return those that had begun."""
@@ -1602,19 +1601,11 @@ class LogHandler(logging.Handler):
         priority = 3 << 3 | {"INFO": 6, "WARNING": 4}.get(record.levelname, 3)  # syslog(3): daemon
         line = f"<{priority}>hookd[{os.getpid()}]: {escape(self.format(record) + lost)}"
         told = bool(self.path) and datagram(self.path, 0.0, line)
-        if not told and self.stderr:
-            line = f"{escape(self.times.format(record) + lost)}\n"
-            told = self.to_stderr(line.encode("utf-8", "replace"))
-        self.lost = 0 if told else self.lost + 1
-
-    def to_stderr(self, line: bytes) -> bool:
-        poll = select.poll()
-        poll.register(2, select.POLLOUT)
         with contextlib.suppress(OSError):
-            if poll.poll(0) == [(2, select.POLLOUT)]:
-                os.write(2, line[: select.PIPE_BUF])  # a writable pipe has as much room (pipe(7))
-                return True
-        return False
+            if not told and self.stderr and select.select([], [2], [], 0)[1]:
+                data = f"{escape(self.times.format(record) + lost)}\n".encode("utf-8", "replace")
+                told = os.write(2, data[: select.PIPE_BUF]) > 0  # a pipe has as much room (pipe(7))
+        self.lost = 0 if told else self.lost + 1
 
 
 def open_log(wanted: str, syslog: str = "/dev/log") -> None:
@@ -1982,13 +1973,13 @@ class Daemon:
 
     def job(self, run: Run, hook: Hook) -> Job | None:
         """Return a run's Job with its locks; None while another process has them, which is told."""
-        state, holder = self.config.state, f"hookd {os.getpid()} run {run.id}"
+        state, names = self.config.state, lock_names(hook, run.target)
         try:
-            locks, problem = take_locks(state, lock_names(hook, run.target), holder), "held"
+            locks, problem = take_locks(state, names, f"hookd {os.getpid()} run {run.id}"), "held"
         except (OSError, ValueError) as error:
             locks, problem = None, str(error)
         if locks is None and run.id not in self.waits:
-            path = lock_file(state, lock_names(hook, run.target)[0])
+            path = lock_file(state, names[0])
             log.info("run %d waits for a lock: %s: %s file=%s", run.id, problem, run.push, path)
             self.waits.add(run.id)
         return None if locks is None else Job(run, hook, state, locks)
@@ -2301,14 +2292,12 @@ def trim_memory() -> None:
 
 def daemon_pid(config: Config) -> int:
     """Return the pid of the hookd that serves this state, 0 where none does."""
-    try:
-        with open(lock_file(config.state, DAEMON_LOCK), encoding="utf-8") as file:
-            holder = file.read().split()
+    with contextlib.suppress(OSError), open(lock_file(config.state, DAEMON_LOCK)) as file:
+        try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(holder[1]) if holder[1:] else 0
-    except OSError:
-        pass
+        except BlockingIOError:
+            holder = file.read().split()
+            return int(holder[1]) if holder[1:] else 0
     return 0
 
 
@@ -2646,10 +2635,9 @@ def main(argv: Sequence[str]) -> int:
         return 130
     except BrokenPipeError:  # `hookd.py log | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except PermissionError as error:
-        print(f"hookd: {error}; try it with sudo", file=sys.stderr)
     except (OSError, sqlite3.Error) as error:
-        print(f"hookd: {error}", file=sys.stderr)
+        remedy = "; try it with sudo" if isinstance(error, PermissionError) else ""
+        print(f"hookd: {error}{remedy}", file=sys.stderr)
     return 1
 
 
