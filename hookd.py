@@ -1656,15 +1656,20 @@ def datagram(path: str, patience: float, text: str, *files: int) -> bool:
     return False
 
 
+def passed_count() -> int:
+    """Return how many sockets systemd passed, from descriptor 3 on (sd_listen_fds(3))."""
+    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
+    return int(os.environ.get("LISTEN_FDS", "0")) if ours else 0
+
+
 def passed_sockets() -> dict[str, list[socket.socket]]:
-    """Take the listening sockets that systemd passed, by name (sd_listen_fds(3))."""
+    """Take the listening sockets that systemd passed, by name."""
     found: dict[str, list[socket.socket]] = {}
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-        for place in range(int(os.environ.get("LISTEN_FDS", "0"))):
-            os.set_inheritable(3 + place, False)
-            name = names[place] if place < len(names) else ""
-            found.setdefault(name, []).append(socket.socket(fileno=3 + place))
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    for place in range(passed_count()):
+        os.set_inheritable(3 + place, False)
+        name = names[place] if place < len(names) else ""
+        found.setdefault(name, []).append(socket.socket(fileno=3 + place))
     return found
 
 
@@ -2262,9 +2267,7 @@ def make_state(config: Config) -> None:
 
 def serve(config: Config, options: argparse.Namespace) -> int:
     """the daemon (the default verb)"""
-    ours = os.environ.get("LISTEN_PID") == str(os.getpid())
-    first = 3 + (int(os.environ.get("LISTEN_FDS", "0")) if ours else 0)
-    os.closerange(first, 1024)  # the lock of a run that started this hookd would be among them
+    os.closerange(3 + passed_count(), 1024)  # such as the lock of a run that started this hookd
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = CONNECTIONS_MAX + SPARE_FILES + 16 * config.jobs  # one for each connection
     wanted = max(soft, wanted if hard < 0 else min(wanted, hard))
