@@ -887,10 +887,13 @@ class Store:
         self.execute(sql, push.commit, push.pushed_at, key)
 
     def supersede(self, key: int) -> list[int]:
-        """Let the newest waiting run of a target stand for the others; return their numbers."""
+        """Let a target's newest run stand for those that wait before it; return their numbers."""
+        sql = """SELECT id FROM runs WHERE target = ? AND (state = 'queued' OR began IS NOT NULL)
+            ORDER BY id DESC LIMIT 1"""
+        (newest,) = self.execute(sql, key).fetchone()
         sql = """SELECT id FROM runs INDEXED BY runs_waiting
-            WHERE target = ? AND state = 'queued' ORDER BY id"""
-        *waiting, newest = [run for (run,) in self.execute(sql, key).fetchall()] or [0]
+            WHERE target = ? AND state = 'queued' AND id < ? ORDER BY id"""
+        waiting = [run for (run,) in self.execute(sql, key, newest).fetchall()]
         for old in waiting:
             self.dismiss(old, "superseded", f"by run {newest}")
         return waiting
@@ -1856,7 +1859,7 @@ class Daemon:
         self.after.clear()
         try:
             with self.store.transaction():
-                self.recover()
+                recovered = self.recover()
                 for job, outcome, duration in ended:
                     self.store.finish(job.run.id, outcome, job.commit, duration)
                     key = self.store.target_id(job.run.target)
@@ -1865,7 +1868,8 @@ class Daemon:
                 answers = [self.enqueue(one.head.delivery, decision) for one, decision in accepted]
                 for hook, push in found:
                     self.catch_up(hook, push)
-                self.dispatch({job.run.id for job, *_ in ended}, begun)
+                if recovered and self.stop_at == NEVER:
+                    self.dispatch({job.run.id for job, *_ in ended}, begun)
             committed = True
         except (sqlite3.Error, OSError, ConfigError) as error:
             if accepted or now >= self.complain_at:
@@ -1924,13 +1928,17 @@ class Daemon:
 
     # ---- runs
 
-    def recover(self) -> None:
-        """At the start, find what was cut off; once its survivors are ended, queue it again."""
+    def recover(self) -> bool:
+        """At the start, queue again what was cut off, its survivors ended; True when that is done.
+
+        Nothing begins before: a new push must not overtake the old one that is to run again.
+        """
+        recovered = self.recovered  # the thread may set it at any moment
         if self.cut is None:
             cut = self.store.cut_off()
             start_thread(self.clean_up, cut)
             self.cut = cut
-        elif self.recovered and self.cut:
+        elif recovered and self.cut:
             for run in self.cut:
                 again = self.store.requeue(run)
                 told = "runs again" if again else "stays so, that was its second time"
@@ -1941,6 +1949,7 @@ class Daemon:
                 if hook and hook.queue != "every":
                     self.store.supersede(self.store.target_id(run.target))
             self.after.append(self.cut.clear)
+        return recovered
 
     def clean_up(self, cut: Sequence[Run]) -> None:
         """End what a killed hookd left running: the root of a thread."""
@@ -1957,7 +1966,7 @@ class Daemon:
         """Choose what begins: oldest first, one a target, while jobs and locks are free."""
         now = time.monotonic()
         busy = {job.run.target for number, job in self.jobs.items() if number not in ended}
-        if self.stop_at != NEVER or not self.recovered or len(busy) >= self.config.jobs:
+        if len(busy) >= self.config.jobs:
             return
         for run in self.store.waiting():
             hook = self.config.hooks.get(run.target.hook)

@@ -2495,6 +2495,51 @@ class Crash(Case):
                 self.assertEqual(targets["octo/site", branch]["state"], "ok")
         self.assert_never_overlapped(daemon)
 
+    def test_a_new_push_does_not_overtake_what_was_cut_off(self):
+        class Sudden(hookd.Daemon):
+            """Have the survivors' end fall between a look for it and what depends on it."""
+
+            def clean_up(self, cut):
+                pass
+
+            def recover(self):
+                known = super().recover()
+                self.recovered = True
+                return known
+
+        self.home.joinpath("state", "runs").mkdir(parents=True)
+        config = read_ini(self.ini(hook("true", directory=self.home)))
+        daemon = Sudden(config, lambda: config)
+        push = hookd.Push("push", "octo/site", "refs/heads/main", sha(1))
+        key = daemon.store.target_id(config.hooks["octo/site main"].target(push))
+        daemon.store.begin(daemon.store.add(key, push, "first", b"{}"))
+        daemon.store.add(key, push._replace(commit=sha(2)), "second", b"{}")
+        daemon.advance([])
+        self.assertEqual(list(daemon.jobs), [])
+        with self.assertLogs("hookd"):
+            daemon.advance([])
+            self.assertEqual(list(daemon.jobs), [2])
+            wait_for(lambda: daemon.ended, "run 2 to end")
+            daemon.advance([])
+        rows = daemon.store.runs("ORDER BY r.id")
+        self.assertEqual([(row.state, row.note) for row in rows],
+                         [("superseded", "by run 2"), ("ok", "")])
+        daemon.store.close()
+
+    def test_what_was_cut_off_does_not_come_after_a_newer_run(self):
+        daemon = self.serve(hook(NOTE + "\n" + GATE))
+        daemon.push(commit=sha(1))
+        daemon.wait_for("seen")
+        daemon.kill()
+        daemon.sweep()
+        daemon.open_gate()
+        self.assertEqual(daemon.hookd("run", "octo/site", "main").code, 0)
+        daemon.start()
+        target = daemon.settled()
+        self.assertEqual((target["run"], target["state"]), (2, "ok"))
+        self.assertEqual(len(daemon.seen()), 2)
+        self.assertEqual(daemon.states(), {1: "superseded", 2: "ok"})
+
     def test_a_stale_lock_file_stops_nobody(self):
         daemon = self.serve(hook(NOTE))
         daemon.push()
