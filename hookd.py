@@ -887,13 +887,10 @@ class Store:
         self.execute(sql, push.commit, push.pushed_at, key)
 
     def supersede(self, key: int) -> list[int]:
-        """Let a target's newest run stand for those that wait before it; return their numbers."""
-        sql = """SELECT id FROM runs WHERE target = ? AND (state = 'queued' OR began IS NOT NULL)
-            ORDER BY id DESC LIMIT 1"""
-        (newest,) = self.execute(sql, key).fetchone()
+        """Let the newest waiting run of a target stand for the others; return their numbers."""
         sql = """SELECT id FROM runs INDEXED BY runs_waiting
-            WHERE target = ? AND state = 'queued' AND id < ? ORDER BY id"""
-        waiting = [run for (run,) in self.execute(sql, key, newest).fetchall()]
+            WHERE target = ? AND state = 'queued' ORDER BY id"""
+        *waiting, newest = [run for (run,) in self.execute(sql, key).fetchall()] or [0]
         for old in waiting:
             self.dismiss(old, "superseded", f"by run {newest}")
         return waiting
@@ -1860,15 +1857,12 @@ class Daemon:
         try:
             with self.store.transaction():
                 recovered = self.recover()
-                for job, outcome, duration in ended:
-                    self.store.finish(job.run.id, outcome, job.commit, duration)
-                    key = self.store.target_id(job.run.target)
-                    for old in self.store.prune(key, self.config.keep):
-                        self.after.append(partial(forget, self.config.state, old))
+                for end in ended:
+                    self.record(*end)
                 answers = [self.enqueue(one.head.delivery, decision) for one, decision in accepted]
                 for hook, push in found:
                     self.catch_up(hook, push)
-                if recovered and self.stop_at == NEVER:
+                if recovered:
                     self.dispatch({job.run.id for job, *_ in ended}, begun)
             committed = True
         except (sqlite3.Error, OSError, ConfigError) as error:
@@ -1892,6 +1886,12 @@ class Daemon:
         for job in begun:
             self.begin(job)
         self.tell_systemd()
+
+    def record(self, job: Job, outcome: Outcome, duration: float) -> None:
+        """Write how a run ended into the history, and forget what is too old for it."""
+        self.store.finish(job.run.id, outcome, job.commit, duration)
+        for old in self.store.prune(self.store.target_id(job.run.target), self.config.keep):
+            self.after.append(partial(forget, self.config.state, old))
 
     def enqueue(self, delivery: str, decision: Decision) -> tuple[int, str]:
         """Write one delivery into the queue; return its answer, good once it is committed."""
@@ -1966,7 +1966,7 @@ class Daemon:
         """Choose what begins: oldest first, one a target, while jobs and locks are free."""
         now = time.monotonic()
         busy = {job.run.target for number, job in self.jobs.items() if number not in ended}
-        if len(busy) >= self.config.jobs:
+        if self.stop_at != NEVER or len(busy) >= self.config.jobs:
             return
         for run in self.store.waiting():
             hook = self.config.hooks.get(run.target.hook)

@@ -2526,20 +2526,6 @@ class Crash(Case):
                          [("superseded", "by run 2"), ("ok", "")])
         daemon.store.close()
 
-    def test_what_was_cut_off_does_not_come_after_a_newer_run(self):
-        daemon = self.serve(hook(NOTE + "\n" + GATE))
-        daemon.push(commit=sha(1))
-        daemon.wait_for("seen")
-        daemon.kill()
-        daemon.sweep()
-        daemon.open_gate()
-        self.assertEqual(daemon.hookd("run", "octo/site", "main").code, 0)
-        daemon.start()
-        target = daemon.settled()
-        self.assertEqual((target["run"], target["state"]), (2, "ok"))
-        self.assertEqual(len(daemon.seen()), 2)
-        self.assertEqual(daemon.states(), {1: "superseded", 2: "ok"})
-
     def test_a_stale_lock_file_stops_nobody(self):
         daemon = self.serve(hook(NOTE))
         daemon.push()
