@@ -912,6 +912,13 @@ class Store:
             WHERE target = t.id AND state IN ('queued', 'running')))"""
         return not self.execute(sql, key, commit).fetchone()
 
+    def repositories(self, hook: Hook) -> list[str]:
+        """Return a hook's repositories: its own, or of its owner's those that pushed before."""
+        if not hook.repo.endswith("/*"):
+            return [hook.repo]
+        sql = "SELECT DISTINCT repo FROM targets WHERE hook = ?"
+        return [repo for (repo,) in self.execute(sql, hook.section)]
+
     def waiting(self) -> list[Run]:
         """Return the oldest waiting run of each target, oldest first."""
         # Left to itself, SQLite reads the whole history here.
@@ -1721,18 +1728,95 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 
 # ======================================================================================= daemon
 # The one part that knows all the others: deliveries come in, rows are written, jobs go out. Only
-# the main thread decides, and only it touches the database, the sockets and `jobs`. A job's thread
-# carries out one run, appends how it ended to `ended` and wakes the main thread through a socket;
-# so do signals (`signals`), the thread that asks remotes (`found`) and the one that cleans up after
-# a crash (`recovered`).
+# the main thread decides, and only it touches the database, the sockets and `jobs`. Each turn of
+# its loop is one transaction (`advance`): the steps that other threads left in `inbox`, the pushes
+# that came, the runs that begin. What follows from these waits in `after` until they are on disk.
+#
+# A job's thread carries out one run; others ask the remotes and clean up after a crash. Each
+# leaves a step in `inbox` and wakes the main thread through a socket. So do signals.
 
 
-def start_thread(target: Callable[..., None], *arguments: Any) -> None:
-    """Start a thread that dies with the process; raise OSError where there is no room for it."""
+def start_thread(target: Callable[..., None], *arguments: Any) -> bool:
+    """Start a thread that dies with the process; False where there is no room for it."""
     try:
         threading.Thread(target=target, args=arguments, daemon=True).start()
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
+    except RuntimeError:
+        return False
+    return True
+
+
+def report(job: Job, outcome: Outcome, duration: float) -> None:
+    """Tell the log how a run ended, with its last words where it failed."""
+    run, note = job.run, f" ({outcome.note})" if outcome.note else ""
+    level = logging.INFO if outcome.state == "ok" else logging.WARNING
+    log.log(level, "run %d %s%s: %s exit=%d seconds=%.1f delivery=%s", run.id, outcome.state, note,
+            run.push, outcome.exit, duration, run.delivery)
+    if outcome.state in ("failed", "timeout"):
+        for line in job.recent.decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
+            log.warning("run %d said: %s", run.id, line)
+
+
+def forget(state: str, run: int) -> None:
+    """Remove a run's files."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(run_file(state, run)):
+            os.unlink(run_file(state, run, name))
+        os.rmdir(run_file(state, run))
+
+
+class Remotes:
+    """Find what no delivery told of: ask the remotes at start and every `catch_up`."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon, self.at = daemon, 0.0  # when the next is to be asked
+        self.next: dict[str, float] = {}  # by section
+        self.down: set[str] = set()
+
+    def start(self) -> None:
+        """Ask those whose time has come, in a thread of their own."""
+        now, store = time.monotonic(), self.daemon.store
+        hooks = [hook for hook in self.daemon.config.hooks.values()
+                 if hook.git and hook.catch_up and hook.event == "push"]
+        due = [hook for hook in hooks if self.next.get(hook.section, 0.0) <= now]
+        try:
+            pairs = [(hook, repo) for hook in due for repo in store.repositories(hook)]
+        except (sqlite3.Error, OSError, ConfigError) as error:
+            log.error("remotes cannot be asked now: %s", error)
+            self.at = now + NOISE_SECONDS
+            return
+        later = {name: at for name, at in self.next.items() if at > now}
+        self.next = {hook.section: now + hook.catch_up for hook in hooks} | later
+        self.at = NEVER  # until the thread is through
+        if not start_thread(self.ask, pairs):
+            self.next, self.at = {}, now + NOISE_SECONDS
+
+    def ask(self, pairs: Sequence[tuple[Hook, str]]) -> None:
+        """Ask for the branches of one hook after the other: the root of a thread."""
+        for hook, repo in pairs:
+            try:
+                self.ask_one(hook, repo)
+            except Exception:
+                log.exception("a bug in hookd, in catch-up; please report this")
+        self.at = min(self.next.values(), default=NEVER)
+        self.daemon.wake()
+
+    def ask_one(self, hook: Hook, repo: str) -> None:
+        """Hand on the newest commit of each branch that is this hook's."""
+        remote, config = fill(hook.git, repo, ""), self.daemon.config
+        try:
+            branches = remote_branches(hook, repo, config.state)
+        except OSError as error:
+            if remote not in self.down:
+                log.warning("a remote cannot be asked: %s", error)
+            self.down.add(remote)
+            return
+        if remote in self.down:
+            log.info("a remote can be asked again: %s", remote)
+        self.down.discard(remote)
+        for ref, commit in branches.items():
+            push = Push("push", repo, ref, commit)
+            if hook == next((h for h in config.hooks_for(repo) if h.matches(push)), None):
+                self.daemon.inbox.append(partial(self.daemon.catch_up, hook, push))
 
 
 class Daemon:
@@ -1742,17 +1826,15 @@ class Daemon:
         self.config, self.load = config, load
         self.store = Store(config.state)
         self.jobs: dict[int, Job] = {}
-        self.ended: list[tuple[Job, Outcome, float]] = []  # from the jobs' threads
-        self.found: list[tuple[Hook, Push]] = []  # from the thread that asks remotes
+        self.inbox: list[Callable[[], None]] = [self.recover]  # steps for the next transaction
+        self.after: list[Callable[[], Any]] = []  # what waits for it to be on disk
         self.calm: dict[Target, tuple[float, float]] = {}  # first and newest push behind a run
-        self.after: list[Callable[[], Any]] = []  # what waits for the transaction to be on disk
         self.waits: set[int] = set()  # the runs of which it was told that they wait for a lock
         self.signals: list[int] = []
         self.look_at = 0.0  # when the queue is looked at next
         self.stop_at = NEVER  # when running jobs are ended
         self.complain_at = 0.0  # when a sick database is told of again
-        self.cut: list[Run] | None = None  # what a crash left; None until it is known
-        self.recovered = False
+        self.recovered = False  # what a crash cut off is in the queue again
         self.noise, self.remotes = Noise(), Remotes(self)
         usec = os.environ.get("WATCHDOG_USEC", "")
         self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)
@@ -1771,7 +1853,7 @@ class Daemon:
         self.apply(self.config, passed_sockets())
         log.info("listening on %s", self.where)
         notify("READY=1")
-        while self.stop_at == NEVER or len(self.jobs) > len(self.ended):
+        while self.stop_at == NEVER or self.jobs:
             try:
                 self.turn()
             except Exception:
@@ -1801,6 +1883,11 @@ class Daemon:
         if now >= self.beat_at:
             notify("WATCHDOG=1")
             self.beat_at = now + self.beat
+
+    def leave(self, step: Callable[[], None]) -> None:
+        """Leave a step for the main thread's next transaction; called from any thread."""
+        self.inbox.append(step)
+        self.wake()
 
     def wake(self) -> None:
         """Make the main thread look at the queue; called from any thread."""
@@ -1847,51 +1934,32 @@ class Daemon:
     def advance(self, accepted: Sequence[tuple[Connection, Decision]]) -> None:
         """Take a step of the queue, in one transaction: what ended, what came, what begins.
 
-        Inside it only the database is touched. All that depends on it comes when it is on disk:
-        the answers, the runs begun, and whatever stands in `after`.
+        Inside it only the database is touched. All that depends on it stands in `after` and comes
+        when it is on disk: the answers, the runs that begin, most lines of the log.
         """
         self.look_at, now = NEVER, time.monotonic()
-        ended, found, committed = self.ended[:], self.found[:], False
-        begun: list[Job] = []
-        self.after.clear()
+        steps, self.after = self.inbox[:], []
         try:
-            with self.store.transaction():
-                recovered = self.recover()
-                for end in ended:
-                    self.record(*end)
-                answers = [self.enqueue(one.head.delivery, decision) for one, decision in accepted]
-                for hook, push in found:
-                    self.catch_up(hook, push)
-                if recovered:
-                    self.dispatch({job.run.id for job, *_ in ended}, begun)
-            committed = True
+            with contextlib.ExitStack() as undo:
+                with self.store.transaction():
+                    for step in steps:
+                        step()
+                    for sender, decision in accepted:
+                        answer = self.enqueue(sender.head.delivery, decision)
+                        self.after.append(partial(self.tell, sender, *answer))
+                    self.dispatch(undo)
+                undo.pop_all()
+            del self.inbox[: len(steps)]
         except (sqlite3.Error, OSError, ConfigError) as error:
             if accepted or now >= self.complain_at:
                 log.error("the queue cannot be written: %s state=%s", error, self.config.state)
                 self.complain_at = now + NOISE_SECONDS
-            answers = [(503, "it cannot be kept now, send it again later")] * len(accepted)
-        finally:
-            if not committed:
-                for job in begun:
-                    free_locks(job.locks)
-                ended, found, begun, self.look_at = [], [], [], now + 1
-                self.after.clear()
-        for (sender, _), answer in zip(accepted, answers):
-            self.tell(sender, *answer)
+            answer = 503, "it cannot be kept now, send it again later"
+            self.after = [partial(self.tell, sender, *answer) for sender, _ in accepted]
+            self.look_at = now + 1
         for effect in self.after:
             effect()
-        for job, *_ in ended:
-            self.jobs.pop(job.run.id, None)
-        del self.ended[: len(ended)], self.found[: len(found)]
-        for job in begun:
-            self.begin(job)
         self.tell_systemd()
-
-    def record(self, job: Job, outcome: Outcome, duration: float) -> None:
-        """Write how a run ended into the history, and forget what is too old for it."""
-        self.store.finish(job.run.id, outcome, job.commit, duration)
-        for old in self.store.prune(self.store.target_id(job.run.target), self.config.keep):
-            self.after.append(partial(forget, self.config.state, old))
 
     def enqueue(self, delivery: str, decision: Decision) -> tuple[int, str]:
         """Write one delivery into the queue; return its answer, good once it is committed."""
@@ -1928,45 +1996,45 @@ class Daemon:
 
     # ---- runs
 
-    def recover(self) -> bool:
-        """At the start, queue again what was cut off, its survivors ended; True when that is done.
+    def recover(self) -> None:
+        """At the start, have a thread end what a killed hookd left running."""
+        cut = self.store.cut_off()
 
-        Nothing begins before: a new push must not overtake the old one that is to run again.
-        """
-        recovered = self.recovered  # the thread may set it at any moment
-        if self.cut is None:
-            cut = self.store.cut_off()
-            start_thread(self.clean_up, cut)
-            self.cut = cut
-        elif recovered and self.cut:
-            for run in self.cut:
-                again = self.store.requeue(run)
-                told = "runs again" if again else "stays so, that was its second time"
-                level = logging.WARNING if again else logging.ERROR
-                line = ("run %d was interrupted and %s: %s", run.id, told, run.push)
-                self.after.append(partial(log.log, level, *line))
-                hook = self.config.hooks.get(run.target.hook)
-                if hook and hook.queue != "every":
-                    self.store.supersede(self.store.target_id(run.target))
-            self.after.append(self.cut.clear)
-        return recovered
+        def start() -> None:
+            if not start_thread(self.clean_up, cut):
+                self.clean_up(cut)
+
+        self.after.append(start)
 
     def clean_up(self, cut: Sequence[Run]) -> None:
-        """End what a killed hookd left running: the root of a thread."""
+        """End the survivors of a crash: the root of a thread."""
         try:
             for run in cut:
                 if end_survivors(self.config.state, run.id):
                     log.warning("run %d had outlived hookd and was ended: %s", run.id, run.push)
         except Exception:
             log.exception("a bug in hookd, at recovery; please report this")
-        self.recovered = True  # safe in any case: what survives holds its lock
-        self.wake()
+        # Safe in any case: what survives holds its lock.
+        self.leave(partial(self.requeue, cut))
 
-    def dispatch(self, ended: set[int], begun: list[Job]) -> None:
+    def requeue(self, cut: Sequence[Run]) -> None:
+        """Queue again what was cut off, before any newer push of its target can begin."""
+        for run in cut:
+            again = self.store.requeue(run)
+            told = "runs again" if again else "stays so, that was its second time"
+            level = logging.WARNING if again else logging.ERROR
+            line = ("run %d was interrupted and %s: %s", run.id, told, run.push)
+            self.after.append(partial(log.log, level, *line))
+            hook = self.config.hooks.get(run.target.hook)
+            if hook and hook.queue != "every":
+                self.store.supersede(self.store.target_id(run.target))
+        self.recovered = True
+
+    def dispatch(self, undo: contextlib.ExitStack) -> None:
         """Choose what begins: oldest first, one a target, while jobs and locks are free."""
-        now = time.monotonic()
-        busy = {job.run.target for number, job in self.jobs.items() if number not in ended}
-        if self.stop_at != NEVER or len(busy) >= self.config.jobs:
+        now, busy = time.monotonic(), {job.run.target for job in self.jobs.values()}
+        free = self.config.jobs - len(busy)
+        if not self.recovered or self.stop_at != NEVER or free <= 0:
             return
         for run in self.store.waiting():
             hook = self.config.hooks.get(run.target.hook)
@@ -1974,39 +2042,41 @@ class Daemon:
                 self.store.dismiss(run.id, "cancelled", "hookd.ini has no such hook any more")
                 told = ("run %d cancelled, its hook is no more: %s", run.id, run.push)
                 self.after.append(partial(log.warning, *told))
-            elif run.target not in busy and len(busy) + len(begun) < self.config.jobs:
+            elif free and run.target not in busy:
                 # A burst is one run and one more: what comes behind a run waits for its end.
                 first, newest = self.calm.get(run.target, (now - 1.0, now - 1.0))
                 due = min(first + 1.0, newest + 0.05)
                 job = self.job(run, hook) if now >= due else None
                 if job:
-                    begun.append(job)
+                    undo.callback(free_locks, job.locks)
                     job.payload = self.store.begin(run.id)
+                    self.after.append(partial(self.begin, job))
+                    free -= 1
                 else:
                     self.look_at = min(self.look_at, max(due, now + 0.5 * (now >= due)))
 
     def job(self, run: Run, hook: Hook) -> Job | None:
-        """Return a run's Job with its locks; None while another process has them, which is told."""
+        """Return a run's Job with its locks; None while somebody has them, which is told once."""
         state, names = self.config.state, lock_names(hook, run.target)
         try:
             locks, problem = take_locks(state, names, f"hookd {os.getpid()} run {run.id}"), "held"
         except (OSError, ValueError) as error:
             locks, problem = None, str(error)
-        if locks is None and run.id not in self.waits:
+        if locks is not None:
+            return Job(run, hook, state, locks)
+        if run.id not in self.waits:
             path = lock_file(state, names[0])
             log.info("run %d waits for a lock: %s: %s file=%s", run.id, problem, run.push, path)
             self.waits.add(run.id)
-        return None if locks is None else Job(run, hook, state, locks)
+        return None
 
     def begin(self, job: Job) -> None:
         """Give a job its thread."""
         self.calm.pop(job.run.target, None)
         self.waits.discard(job.run.id)
         self.jobs[job.run.id] = job
-        try:
-            start_thread(self.work, job)
-        except OSError as error:
-            self.end_job(job, Outcome("failed", 1, str(error)), 0.0)
+        if not start_thread(self.work, job):
+            self.end(job, Outcome("failed", 1, "no room for one more thread"), 0.0)
 
     def work(self, job: Job) -> None:
         """Carry out a run: the root of its thread."""
@@ -2017,14 +2087,20 @@ class Daemon:
         except Exception:
             log.exception("a bug in hookd, in run %d; please report this", run.id)
             outcome = Outcome("failed", 1, "a bug in hookd; its log has it")
-        self.end_job(job, outcome, time.monotonic() - began)
+        self.end(job, outcome, time.monotonic() - began)
 
-    def end_job(self, job: Job, outcome: Outcome, duration: float) -> None:
-        """Hand a run's end to the main thread."""
+    def end(self, job: Job, outcome: Outcome, duration: float) -> None:
+        """Tell how a run ended, free its locks and have it recorded; called from any thread."""
         report(job, outcome, duration)
         free_locks(job.locks)
-        self.ended.append((job, outcome, duration))
-        self.wake()
+        self.leave(partial(self.record, job, outcome, duration))
+
+    def record(self, job: Job, outcome: Outcome, duration: float) -> None:
+        """Write how a run ended into the history, and forget what is too old for it."""
+        self.jobs.pop(job.run.id, None)
+        self.store.finish(job.run.id, outcome, job.commit, duration)
+        for old in self.store.prune(self.store.target_id(job.run.target), self.config.keep):
+            self.after.append(partial(forget, self.config.state, old))
 
     # ---- beginning, changing, ending
 
@@ -2117,81 +2193,6 @@ class Daemon:
         if line != self.told and self.server.listeners:
             notify(line)
             self.told = line
-
-
-class Remotes:
-    """Find what no delivery told of: ask the remotes at start and every `catch_up`."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self.daemon, self.at = daemon, 0.0  # when the next is to be asked
-        self.next: dict[str, float] = {}  # by section
-        self.down: set[str] = set()
-
-    def start(self) -> None:
-        """Ask those whose time has come, in a thread of their own."""
-        now, heard = time.monotonic(), "SELECT DISTINCT repo FROM targets WHERE hook = ?"
-        due: list[tuple[Hook, str]] = []
-        hooks = [hook for hook in self.daemon.config.hooks.values()
-                 if hook.git and hook.catch_up and hook.event == "push"]
-        times = {hook.section: self.next.get(hook.section, 0.0) for hook in hooks}
-        try:
-            for hook in (hook for hook in hooks if times[hook.section] <= now):
-                times[hook.section] = now + hook.catch_up
-                every = hook.repo.endswith("/*")  # of those that hookd has heard of
-                rows = self.daemon.store.execute(heard, hook.section) if every else [[hook.repo]]
-                due += [(hook, repo) for (repo,) in rows]
-            self.next, self.at = times, NEVER  # until the thread is through
-            start_thread(self.ask, due)
-        except (sqlite3.Error, OSError, ConfigError) as error:
-            log.error("remotes cannot be asked now: %s", error)
-            self.next, self.at = {}, now + NOISE_SECONDS
-
-    def ask(self, due: Sequence[tuple[Hook, str]]) -> None:
-        """Ask for each hook, one after the other: the root of a thread."""
-        for hook, repo in due:
-            try:
-                self.ask_one(hook, repo)
-            except Exception:
-                log.exception("a bug in hookd, in catch-up; please report this")
-        self.at = min(self.next.values(), default=NEVER)
-        self.daemon.wake()
-
-    def ask_one(self, hook: Hook, repo: str) -> None:
-        """Hand on the newest commit of each branch that is this hook's."""
-        remote, config = fill(hook.git, repo, ""), self.daemon.config
-        try:
-            branches = remote_branches(hook, repo, config.state)
-        except OSError as error:
-            if remote not in self.down:
-                log.warning("a remote cannot be asked: %s", error)
-            self.down.add(remote)
-            return
-        if remote in self.down:
-            log.info("a remote can be asked again: %s", remote)
-        self.down.discard(remote)
-        for ref, commit in branches.items():
-            push = Push("push", repo, ref, commit)
-            if hook == next((h for h in config.hooks_for(repo) if h.matches(push)), None):
-                self.daemon.found.append((hook, push))
-
-
-def report(job: Job, outcome: Outcome, duration: float) -> None:
-    """Tell the log how a run ended, with its last words where it failed."""
-    run, note = job.run, f" ({outcome.note})" if outcome.note else ""
-    level = logging.INFO if outcome.state == "ok" else logging.WARNING
-    log.log(level, "run %d %s%s: %s exit=%d seconds=%.1f delivery=%s", run.id, outcome.state, note,
-            run.push, outcome.exit, duration, run.delivery)
-    if outcome.state in ("failed", "timeout"):
-        for line in job.recent.decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
-            log.warning("run %d said: %s", run.id, line)
-
-
-def forget(state: str, run: int) -> None:
-    """Remove a run's files."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir(run_file(state, run)):
-            os.unlink(run_file(state, run, name))
-        os.rmdir(run_file(state, run))
 
 
 # ================================================================================= command line

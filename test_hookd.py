@@ -2496,35 +2496,34 @@ class Crash(Case):
         self.assert_never_overlapped(daemon)
 
     def test_a_new_push_does_not_overtake_what_was_cut_off(self):
-        class Sudden(hookd.Daemon):
-            """Have the survivors' end fall between a look for it and what depends on it."""
+        class Slow(hookd.Daemon):
+            """Clean up after a crash when the test says."""
 
             def clean_up(self, cut):
-                pass
-
-            def recover(self):
-                known = super().recover()
-                self.recovered = True
-                return known
+                self.cut = cut
 
         self.home.joinpath("state", "runs").mkdir(parents=True)
         config = read_ini(self.ini(hook("true", directory=self.home)))
-        daemon = Sudden(config, lambda: config)
+        daemon = Slow(config, lambda: config)
+        for opened in (daemon.store, daemon.server.selector, daemon.server.wake, daemon.waker):
+            self.addCleanup(opened.close)
         push = hookd.Push("push", "octo/site", "refs/heads/main", sha(1))
         key = daemon.store.target_id(config.hooks["octo/site main"].target(push))
         daemon.store.begin(daemon.store.add(key, push, "first", b"{}"))
         daemon.store.add(key, push._replace(commit=sha(2)), "second", b"{}")
         daemon.advance([])
+        wait_for(lambda: hasattr(daemon, "cut"), "the look for what was cut off")
+        daemon.advance([])
         self.assertEqual(list(daemon.jobs), [])
         with self.assertLogs("hookd"):
+            hookd.Daemon.clean_up(daemon, daemon.cut)
             daemon.advance([])
             self.assertEqual(list(daemon.jobs), [2])
-            wait_for(lambda: daemon.ended, "run 2 to end")
+            wait_for(lambda: daemon.inbox, "run 2 to end")
             daemon.advance([])
         rows = daemon.store.runs("ORDER BY r.id")
         self.assertEqual([(row.state, row.note) for row in rows],
                          [("superseded", "by run 2"), ("ok", "")])
-        daemon.store.close()
 
     def test_a_stale_lock_file_stops_nobody(self):
         daemon = self.serve(hook(NOTE))
