@@ -1870,7 +1870,8 @@ class Daemon:
         while self.signals:
             self.obey(self.signals.pop(0))
         self.noise.settle()
-        accepted = [pair for sender in senders for pair in self.judge(sender)]
+        judged = [(sender, self.judge(sender)) for sender in senders]
+        accepted = [(sender, decision) for sender, decision in judged if decision]
         if accepted or time.monotonic() >= self.look_at:
             self.advance(accepted)
         now = time.monotonic()
@@ -1906,23 +1907,23 @@ class Daemon:
         quiet = self.config.quiet and readable
         self.server.reply(connection, 200 if quiet else status, "ok" if quiet else text)
 
-    def judge(self, sender: Connection) -> list[tuple[Connection, Decision]]:
-        """Answer a delivery that is not for the queue; return one that is."""
+    def judge(self, sender: Connection) -> Decision | None:
+        """Judge a delivery; answer it unless it is for the queue, then return the decision."""
         config, request = self.config, sender.head
         try:
             signature = request.fields["x-hub-signature-256"]
             secret = authenticate(config.all_secrets, signature, sender.body)
         except Refusal as refusal:
             self.refused(sender, refusal)
-            return []
+            return None
         try:
             decision = decide(config, request, sender.body, secret)
         except Refusal as refusal:  # of a sender who is known
             decision = Decision(refusal.status, refusal.reason)
         if decision.hook:
-            return [(sender, decision)]
+            return decision
         self.tell(sender, decision.status, decision.text)
-        return []
+        return None
 
     def tell(self, sender: Connection, status: int, text: str) -> None:
         """Answer a signed delivery and log the same."""
