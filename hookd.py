@@ -2254,8 +2254,10 @@ def load(file: str, verb: str) -> Config:
     try:
         with open(file, encoding="utf-8-sig") as ini:
             text = ini.read()
-    except (OSError, UnicodeDecodeError) as error:
-        remedy = "save it as UTF-8, name another with -c FILE, or try it with sudo"
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: is not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:
+        remedy = "name the ini with -c FILE, or try it with sudo"
         raise ConfigError(f"{file}: cannot be read: {error}; {remedy}") from None
     rough, default = ini_parser(strict=False), default_state()
     with contextlib.suppress(configparser.Error):
@@ -2342,22 +2344,14 @@ def serve(config: Config, options: argparse.Namespace) -> int:
     return daemon.serve()
 
 
-def everybody_reads(path: str) -> bool:
-    """Tell whether any user may read a file: it, and enter all the folders above it."""
-    from pathlib import Path
-    bits = [(Path(path), 0o004), *((folder, 0o001) for folder in Path(path).parents)]
-    return os.path.exists(path) and all(os.stat(one).st_mode & bit for one, bit in bits)
-
-
 def examine_hook(config: Config, hook: Hook) -> Iterator[str]:
     """Find what is wrong with what a hook names, and with those before it."""
-    user, default = f"the user {user_name()}", f"{config.state}/{WORK}"
-    mine = config.hooks_for(hook.repo)
+    user, mine = f"the user {user_name()}", config.hooks_for(hook.repo)
     for other in mine[: mine.index(hook)]:
+        same = short_name(hook.pattern) == short_name(other.pattern)
         if other.event == hook.event and fnmatchcase(hook.pattern, other.pattern):
             yield f"can never match: [{other.section}] above takes all of it; move this one up"
-        elif (short_name(hook.pattern) == short_name(other.pattern)
-              and hook.directory == other.directory == default):
+        elif same and hook.directory == other.directory == f"{config.state}/{WORK}":
             yield f"directory: is that of [{other.section}] too; set directory in one of them"
     directory = re.sub(r"/[^/]*\{.*", "", hook.directory)
     while not os.path.exists(directory):
@@ -2379,31 +2373,32 @@ def examine_hook(config: Config, hook: Hook) -> Iterator[str]:
 
 def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
     """Find what is wrong with what an ini names: section, key, fault and remedy of each."""
+    from pathlib import Path
     ini, file = ini_parser(strict=False), os.path.abspath(options.file)
     ini.read(file, encoding="utf-8-sig")
     texts = [(name, key, ini[name][key]) for name in ini.sections() for key in SECRETS
              if key in ini[name]]
     for section, key, text in [*texts, ("hookd", "secret_file", f"{config.state}/secret")]:
-        path = file if key == "secret" else secret_path(text, os.path.dirname(file))
-        if everybody_reads(path):
+        path = Path(file if key == "secret" else secret_path(text, os.path.dirname(file)))
+        bits = [(path, 0o004), *((folder, 0o001) for folder in path.parents)]  # read and enter
+        if os.path.exists(path) and all(one.stat().st_mode & bit for one, bit in bits):
             yield f"[{section}] {key}: every user can read {path}; chmod o-r {path}"
-    tries: list[tuple[str, str, Callable[[], Any]]] = [
-        ("hookd", "tls_cert", lambda: tls_context(config))]
+    asks: list[tuple[str, Callable[[], Any]]] = [("[hookd] tls_cert", partial(tls_context, config))]
     served = daemon_pid(config) and daemon_address(config)
     if not config.listen.startswith("unix:") and config.listen != served:
-        tries.append(("hookd", "listen", lambda: open_socket(config.listen).close()))
+        asks.append(("[hookd] listen", lambda: open_socket(config.listen).close()))
     for hook in config.hooks.values():
-        yield from (f"[{hook.section}] {problem}" for problem in examine_hook(config, hook))
+        place = f"[{hook.section}]"
+        yield from (f"{place} {problem}" for problem in examine_hook(config, hook))
         if hook.git and options.online and not hook.repo.endswith("*"):
-            ask = partial(remote_branches, hook, hook.repo, config.state)
-            tries.append((hook.section, "git", ask))
+            asks.append((f"{place} git", partial(remote_branches, hook, hook.repo, config.state)))
         elif hook.git:
-            tries.append((hook.section, "git", partial(ask_git, [], base_environment(hook))))
-    for section, key, attempt in tries:
+            asks.append((f"{place} git", partial(ask_git, [], base_environment(hook))))
+    for place, ask in asks:
         try:
-            attempt()
+            ask()
         except OSError as error:
-            yield f"[{section}] {key}: {advice(str(error)) or error}"
+            yield f"{place}: {advice(str(error)).removeprefix('git: ') or error}"
 
 
 def check(config: Config, options: argparse.Namespace) -> int:
@@ -2452,7 +2447,8 @@ def run(config: Config, options: argparse.Namespace) -> int:
         job = Job(row, hook, config.state, locks)
         # A signal ends hookd before this, and the transaction with it; from here on, the run.
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
+            if signal.getsignal(sign) != signal.SIG_IGN:  # as nohup(1) wants it
+                signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
     job.echo, job.payload, began = show, payload, time.monotonic()
     outcome = job.perform()
     with store.transaction():
@@ -2510,12 +2506,12 @@ def send(config: Config, options: argparse.Namespace) -> int:
     delivery, deleted = os.urandom(20).hex(), options.event == "delete"
     commit = "" if deleted else options.commit or delivery  # as good as any
     hooks = [hook] if hook else config.hooks_for(options.repo)
-    (key, *_) = hooks[0].secrets if hooks else config.secrets or config.all_secrets
+    secrets = hooks[0].secrets if hooks else config.secrets or config.all_secrets
     body = push_json(push._replace(commit=commit, deleted=deleted))
     status, text = post(config, body, {
         "Content-Type": JSON, "X-GitHub-Delivery": delivery,
         "X-GitHub-Event": push.event,
-        "X-Hub-Signature-256": f"sha256={hmac.new(key, body, 'sha256').hexdigest()}"})
+        "X-Hub-Signature-256": f"sha256={hmac.new(secrets[0], body, 'sha256').hexdigest()}"})
     print(text)
     if options.wait and (status == 202 or config.quiet):
         for row in Store(config.state).runs("WHERE r.delivery = ?", delivery):
@@ -2561,7 +2557,7 @@ def status(config: Config, options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
     else:
         head = ["TARGET", "RUN", "STATE", "COMMIT", "ENDED", "TOOK", "NOW"]
-        table(head, [status_row(facts) for facts in found])
+        table(head, list(map(status_row, found)))
     return 1 if any(facts["state"] not in (None, "ok") for facts in found) else 0
 
 
