@@ -2275,7 +2275,8 @@ def load(file: str, verb: str) -> Config:
 
 
 def make_state(config: Config) -> None:
-    os.makedirs(config.state, 0o700, exist_ok=True)
+    for folder in ("", "runs", "locks", "work"):
+        os.makedirs(os.path.join(config.state, folder), 0o700, exist_ok=True)
     with contextlib.suppress(PermissionError):
         os.chmod(config.state, 0o700)
 
