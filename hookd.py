@@ -2200,11 +2200,25 @@ class Daemon:
 # Verbs for people. They read the same ini, and touch the state as the user who owns it.
 
 
-def default_state(environ: Mapping[str, str]) -> str:
+def default_state() -> str:
     """Return where the state is when the ini does not say."""
-    given, common = environ.get("STATE_DIRECTORY", "").split(":")[0], "/var/lib/hookd"
-    home = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    given, common = os.environ.get("STATE_DIRECTORY", "").split(":")[0], "/var/lib/hookd"
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return given or (common if os.path.isdir(common) else os.path.join(home, "hookd"))
+
+
+def become_owner(state: str) -> None:
+    """As root, become the owner of the state, so that no file there is root's."""
+    if os.geteuid() or not os.path.isdir(state) or not os.stat(state).st_uid:
+        return
+    try:
+        owner = pwd.getpwuid(os.stat(state).st_uid)
+    except KeyError:
+        raise SystemExit(f"hookd: {state} belongs to a user without a name; chown it") from None
+    os.initgroups(owner.pw_name, owner.pw_gid)
+    os.setgid(owner.pw_gid)
+    os.setuid(owner.pw_uid)
+    os.environ.update(HOME=owner.pw_dir, USER=owner.pw_name, LOGNAME=owner.pw_name)
 
 
 def secret_path(name: str, base: str) -> str:
@@ -2214,59 +2228,52 @@ def secret_path(name: str, base: str) -> str:
     return path if folder or os.path.exists(path) else os.path.join(masked, name)
 
 
+def read_secret(base: str, verb: str, name: str, is_default: bool) -> str:
+    """Return a secret file's text, made here if it is the default and missing."""
+    path = os.path.join(base, name) if is_default else secret_path(name, base)
+    nobody_knows = os.urandom(32).hex()
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        missing = is_default and isinstance(error, FileNotFoundError)
+        if missing and verb in ("serve", "secret"):
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            with open(path, "x", encoding="utf-8", opener=private) as new:
+                new.write(nobody_knows + "\n")
+        # These verbs need no secret, and systemd shows ExecReload= no credentials.
+        hidden = verb == "check" and "CREDENTIALS_DIRECTORY" in os.environ
+        if missing or hidden or verb in ("run", "status", "log"):
+            return nobody_knows
+        if is_default:
+            raise SystemExit(f"hookd: {error}; try it with sudo") from None
+        raise
+
+
 def load(file: str, verb: str) -> Config:
-    """Read an ini and the secrets it names; the default secret is made if it is missing."""
-    base = os.path.dirname(os.path.abspath(file))
+    """Read an ini and the secrets it names; as root, become the owner of its state first."""
+    base, place = os.path.dirname(os.path.abspath(file)), os.path.basename(file)
     try:
         with open(file, encoding="utf-8-sig") as ini:
             text = ini.read()
     except UnicodeDecodeError:
         raise ConfigError(f"{file}: is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error}; name the ini with -c FILE") from None
-    become_owner(text, base)
-
-    def read_secret(name: str, is_default: bool) -> str:
-        """Return a secret file's text, made here if it is the default and missing."""
-        import secrets
-        nobody_knows = secrets.token_hex(32)
-        path = name if is_default else secret_path(name, base)
-        try:
-            with open(path, encoding="utf-8") as secret:
-                return secret.read()
-        except OSError as error:
-            missing = is_default and isinstance(error, FileNotFoundError)
-            if missing and verb in ("serve", "secret"):
-                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-                with open(path, "x", encoding="utf-8", opener=private) as new:
-                    new.write(nobody_knows + "\n")
-            # These verbs need no secret, and systemd shows ExecReload= no credentials.
-            hidden = verb == "check" and "CREDENTIALS_DIRECTORY" in os.environ
-            if missing or hidden or verb in ("run", "status", "log"):
-                return nobody_knows
-            if is_default:
-                raise SystemExit(f"hookd: {error}; try it with sudo") from None
-            raise
-
-    return Ini(os.path.basename(file), base, read_secret).config(text, default_state(os.environ))
-
-
-def become_owner(text: str, base: str) -> None:
-    """As root, become the owner of the state that an ini names, so that no file there is root's."""
-    ini = ini_parser(strict=False)
+        remedy = "name the ini with -c FILE, or try it with sudo"
+        raise ConfigError(f"{file}: cannot be read: {error}; {remedy}") from None
+    rough, default = ini_parser(strict=False), default_state()
     with contextlib.suppress(configparser.Error):
-        ini.read_string(text)
-    named = ini.get("hookd", "state", fallback="")
-    state = os.path.join(base, named) if named else default_state(os.environ)
-    if os.geteuid() == 0 and os.path.isdir(state) and os.stat(state).st_uid:
-        try:
-            owner = pwd.getpwuid(os.stat(state).st_uid)
-        except KeyError:
-            raise SystemExit(f"hookd: {state} belongs to a user without a name; chown it") from None
-        os.initgroups(owner.pw_name, owner.pw_gid)
-        os.setgid(owner.pw_gid)
-        os.setuid(owner.pw_uid)
-        os.environ.update(HOME=owner.pw_dir, USER=owner.pw_name, LOGNAME=owner.pw_name)
+        rough.read_string(text)
+    state = rough.get("hookd", "state", fallback="")
+    become_owner(os.path.join(base, state) if state else default)
+    secret_reader = partial(read_secret, base, verb)
+    try:
+        return Ini(place, base, secret_reader).config(text, default)
+    except ConfigError as error:
+        if verb not in ("status", "log"):
+            raise
+        print("\n".join(error.problems), file=sys.stderr)  # it is now that history is wanted
+        return Ini(place, base, secret_reader).config(f"[hookd]\nstate = {state}", default)
 
 
 def make_state(config: Config) -> None:
@@ -2274,34 +2281,6 @@ def make_state(config: Config) -> None:
         os.makedirs(os.path.join(config.state, folder), 0o700, exist_ok=True)
     with contextlib.suppress(PermissionError):
         os.chmod(config.state, 0o700)
-
-
-def serve(config: Config, options: argparse.Namespace) -> int:
-    """the daemon (the default verb)"""
-    os.closerange(3 + passed_count(), 1024)  # such as the lock of a run that started this hookd
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = CONNECTIONS_MAX + SPARE_FILES + 16 * config.jobs  # one for each connection
-    wanted = max(soft, wanted if hard < 0 else min(wanted, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    make_state(config)
-    if take_locks(config.state, [DAEMON_LOCK], f"hookd {os.getpid()}") is None:
-        holder = daemon_pid(config)
-        raise SystemExit(f"hookd: {config.state} is held by hookd {holder}; stop that one first")
-    open_log(config.log)
-    trim_memory()
-    daemon = Daemon(config, lambda: load(options.file, "serve"))
-    with contextlib.suppress(sqlite3.OperationalError):  # full, locked: it may yet become well
-        daemon.store.connect()
-    return daemon.serve()
-
-
-def trim_memory() -> None:
-    """Have glibc give back what compiling took, and each large block when it is freed."""
-    import ctypes
-    with contextlib.suppress(OSError, AttributeError):  # another libc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, CHUNK // 2)  # M_MMAP_THRESHOLD, mallopt(3): else it grows with each block
-        libc.malloc_trim(0)
 
 
 def daemon_pid(config: Config) -> int:
@@ -2322,84 +2301,6 @@ def daemon_address(config: Config) -> str:
     return config.listen
 
 
-def check(config: Config, options: argparse.Namespace) -> int:
-    """the ini and what it names: every problem, then a table of the hooks"""
-    problems = list(examine(config, options))
-    for problem in problems:
-        print(f"{config.place}: {escape(problem)}", file=sys.stderr)
-    rows = [[hook.section, hook.event, hook.directory] for hook in config.hooks.values()]
-    table(["HOOK", "EVENT", "DIRECTORY"], rows)
-    return 78 if problems else 0
-
-
-def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
-    """Find what is wrong with what an ini names: section, key, fault and remedy of each."""
-    import shutil
-    ini, base = ini_parser(strict=False), os.path.dirname(os.path.abspath(options.file))
-    ini.read(options.file, encoding="utf-8-sig")
-    files = [(s, key, secret_path(ini[s][key], base) if key == "secret_file" else options.file)
-             for s in ini.sections() for key in SECRETS if key in ini[s]]
-    for section, key, name in [*files, ("hookd", "secret_file", f"{config.state}/secret")]:
-        if everybody_reads(os.path.abspath(name)):
-            yield f"[{section}] {key}: every user can read {name}; chmod o-r {name}"
-    if any(hook.git for hook in config.hooks.values()) and not shutil.which("git"):
-        yield "[hookd] git: is not in PATH; install it, or set PATH for hookd"
-    for hook in config.hooks.values():
-        for problem in examine_hook(config, hook):
-            yield f"[{hook.section}] {problem}"
-        if options.online and hook.git and not hook.repo.endswith("*"):
-            try:
-                remote_branches(hook, hook.repo, config.state)
-            except OSError as error:
-                yield f"[{hook.section}] git: {error}"
-    served = daemon_pid(config) and daemon_address(config)
-    tries: list[tuple[str, Callable[[], Any]]] = [("tls_cert", lambda: tls_context(config))]
-    if not config.listen.startswith("unix:") and config.listen != served:
-        tries.append(("listen", lambda: open_socket(config.listen).close()))
-    for key, attempt in tries:
-        try:
-            attempt()
-        except OSError as error:
-            yield f"[hookd] {key}: {error}"
-
-
-def everybody_reads(path: str) -> bool:
-    """Tell whether any user may read a file: it, and enter all the folders above it."""
-    from pathlib import Path
-    bits = [(Path(path), 0o004), *((folder, 0o001) for folder in Path(path).parents)]
-    return os.path.exists(path) and all(os.stat(one).st_mode & bit for one, bit in bits)
-
-
-def examine_hook(config: Config, hook: Hook) -> Iterator[str]:
-    """Find what is wrong with what a hook names, and with those before it."""
-    user, default = f"the user {user_name()}", f"{config.state}/{WORK}"
-    mine = config.hooks_for(hook.repo)
-    for other in mine[: mine.index(hook)]:
-        same = short_name(hook.pattern) == short_name(other.pattern)
-        if other.event == hook.event and fnmatchcase(hook.pattern, other.pattern):
-            yield f"can never match: [{other.section}] above takes all of it; move this one up"
-        elif same and hook.directory == other.directory == default:
-            yield f"directory: is that of [{other.section}] too; set directory in one of them"
-    directory = re.sub(r"/[^/]*\{.*", "", hook.directory)
-    while not os.path.exists(directory):
-        directory = os.path.dirname(directory)
-    if not os.access(directory, os.W_OK | os.X_OK):
-        yield f"directory: {user} cannot write {directory}; chown it, see ReadWritePaths= too"
-    git = os.path.join(hook.directory, ".git")
-    if hook.git and os.path.exists(git) and os.stat(git).st_uid != os.geteuid():
-        yield f"directory: git will not touch another user's {hook.directory}; chown -R it"
-    if hook.deploy_key and not os.path.exists(hook.deploy_key):
-        yield f"deploy_key: there is no {hook.deploy_key}; make it with ssh-keygen"
-    elif hook.deploy_key and not os.access(hook.deploy_key, os.R_OK):
-        yield f"deploy_key: {user} cannot read {hook.deploy_key}; chown it"
-    elif hook.deploy_key and os.stat(hook.deploy_key).st_mode & 0o077:
-        yield f"deploy_key: ssh refuses a key others can read; chmod 600 {hook.deploy_key}"
-    scripts = " ".join((hook.command, hook.on_success, hook.on_failure, hook.on_delete))
-    with contextlib.suppress(OSError), open(f"/proc/{daemon_pid(config) or 'self'}/status") as file:
-        if re.search(r"\bsudo\b", scripts) and "NoNewPrivs:\t1" in file.read():
-            yield "command: sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
-
-
 def user_name() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
@@ -2413,55 +2314,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
-def find_hook(config: Config, options: argparse.Namespace) -> tuple[Hook | None, Push]:
-    """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
-    names = [f"refs/{kind}/{options.branch}" for kind in ("heads", "tags")]
-    refs = [options.branch] if options.branch.startswith("refs/") else names
-    if not REPOSITORY.fullmatch(options.repo) or not REF.fullmatch(refs[0]):
-        raise SystemExit("hookd: REPO is written owner/repo, BRANCH as git knows it")
-    push = Push("push", options.repo, refs[0], "", pusher=user_name())
-    for hook in config.hooks_for(options.repo):
-        event = {"": hook.event, "delete": "push"}.get(options.event, options.event)
-        for ref in refs:
-            push = push._replace(event=event, repo=hook.named(options.repo), ref=ref)
-            if hook.matches(push):
-                return hook, push
-    return None, push._replace(ref=refs[0])
-
-
-def run(config: Config, options: argparse.Namespace) -> int:
-    """that run now, in the foreground, under the same lock, in the same history"""
-    hook, push = find_hook(config, options)
-    if hook is None:
-        raise SystemExit(f"hookd: {config.place} has no hook for {options.repo} {options.branch}")
-    make_state(config)
-    store, target, told = Store(config.state), hook.target(push), False
-    stop: list[int] = []
-    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, lambda number, _: stop.append(number))
-    names, holder = lock_names(hook, target), f"hookd {os.getpid()} run"
-    while (locks := take_locks(config.state, names, holder)) is None:
-        if not told:
-            print(f"hookd: waiting for the lock of {' and '.join(names)}", file=sys.stderr)
-        if stop:
-            return 128 + stop[0]
-        told = True
-        time.sleep(0.2)
-    with store.transaction():
-        number = store.add(store.target_id(target), push, "run", push_json(push))
-        payload = store.begin(number, os.getpid())
-    (row,) = store.runs("WHERE r.id = ?", number)
-    job, began = Job(row, hook, config.state, locks), time.monotonic()
-    job.echo, job.payload = show, payload
-    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
-    outcome = job.perform()
-    with store.transaction():
-        store.finish(number, outcome, job.commit, time.monotonic() - began)
-    free_locks(locks)
-    return outcome.exit
-
-
 def show(data: bytes) -> None:
     """Print a run's output; a terminal gets nothing that it obeys."""
     if sys.stdout.isatty():
@@ -2472,28 +2324,140 @@ def show(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def send(config: Config, options: argparse.Namespace) -> int:
-    """a signed push to the running daemon, as GitHub would send it"""
-    import uuid
+def serve(config: Config, options: argparse.Namespace) -> int:
+    """the daemon (the default verb)"""
+    import ctypes
+    os.closerange(3 + passed_count(), 1024)  # such as the lock of a run that started this hookd
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTIONS_MAX + SPARE_FILES + 16 * config.jobs  # one for each connection
+    wanted = max(soft, wanted if hard < 0 else min(wanted, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    make_state(config)
+    if take_locks(config.state, [DAEMON_LOCK], f"hookd {os.getpid()}") is None:
+        holder = daemon_pid(config)
+        raise SystemExit(f"hookd: {config.state} is held by hookd {holder}; stop that one first")
+    open_log(config.log)
+    with contextlib.suppress(OSError, AttributeError):  # another libc than glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, CHUNK // 2)  # M_MMAP_THRESHOLD, mallopt(3): else it grows with each block
+        libc.malloc_trim(0)  # what compiling took
+    daemon = Daemon(config, lambda: load(options.file, "serve"))
+    with contextlib.suppress(sqlite3.OperationalError):  # full, locked: it may yet become well
+        daemon.store.connect()
+    return daemon.serve()
+
+
+def examine_hook(config: Config, hook: Hook) -> Iterator[str]:
+    """Find what is wrong with what a hook names, and with those before it."""
+    user, mine = f"the user {user_name()}", config.hooks_for(hook.repo)
+    for other in mine[: mine.index(hook)]:
+        same = short_name(hook.pattern) == short_name(other.pattern)
+        if other.event == hook.event and fnmatchcase(hook.pattern, other.pattern):
+            yield f"can never match: [{other.section}] above takes all of it; move this one up"
+        elif same and hook.directory == other.directory == f"{config.state}/{WORK}":
+            yield f"directory: is that of [{other.section}] too; set directory in one of them"
+    directory = re.sub(r"/[^/]*\{.*", "", hook.directory)
+    while not os.path.exists(directory):
+        directory = os.path.dirname(directory)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        yield f"directory: {user} cannot write {directory}; chown it, see ReadWritePaths= too"
+    git, key = os.path.join(hook.directory, ".git"), hook.deploy_key
+    if hook.git and os.path.exists(git) and os.stat(git).st_uid != os.geteuid():
+        yield f"directory: git will not touch another user's {hook.directory}; chown -R it"
+    if key and not os.access(key, os.R_OK):
+        yield f"deploy_key: {user} finds no {key} to read; make it with ssh-keygen, or chown it"
+    elif key and os.stat(key).st_mode & 0o077:
+        yield f"deploy_key: ssh refuses a key others can read; chmod 600 {key}"
+    scripts = " ".join((hook.command, hook.on_success, hook.on_failure, hook.on_delete))
+    with contextlib.suppress(OSError), open(f"/proc/{daemon_pid(config) or 'self'}/status") as file:
+        if re.search(r"\bsudo\b", scripts) and "NoNewPrivs:\t1" in file.read():
+            yield "command: sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
+
+
+def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
+    """Find what is wrong with what an ini names: section, key, fault and remedy of each."""
+    from pathlib import Path
+    ini, file = ini_parser(strict=False), os.path.abspath(options.file)
+    ini.read(file, encoding="utf-8-sig")
+    texts = [(name, key, ini[name][key]) for name in ini.sections() for key in SECRETS
+             if key in ini[name]]
+    for section, key, text in [*texts, ("hookd", "secret_file", f"{config.state}/secret")]:
+        path = Path(file if key == "secret" else secret_path(text, os.path.dirname(file)))
+        bits = [(path, 0o004), *((folder, 0o001) for folder in path.parents)]  # read and enter
+        if os.path.exists(path) and all(one.stat().st_mode & bit for one, bit in bits):
+            yield f"[{section}] {key}: every user can read {path}; chmod o-r {path}"
+    asks: list[tuple[str, Callable[[], Any]]] = [("[hookd] tls_cert", partial(tls_context, config))]
+    served = daemon_pid(config) and daemon_address(config)
+    if not config.listen.startswith("unix:") and config.listen != served:
+        asks.append(("[hookd] listen", lambda: open_socket(config.listen).close()))
+    for hook in config.hooks.values():
+        place = f"[{hook.section}]"
+        yield from (f"{place} {problem}" for problem in examine_hook(config, hook))
+        if hook.git and options.online and not hook.repo.endswith("*"):
+            asks.append((f"{place} git", partial(remote_branches, hook, hook.repo, config.state)))
+        elif hook.git:
+            asks.append((f"{place} git", partial(ask_git, [], base_environment(hook))))
+    for place, ask in asks:
+        try:
+            ask()
+        except OSError as error:
+            yield f"{place}: {advice(str(error)).removeprefix('git: ') or error}"
+
+
+def check(config: Config, options: argparse.Namespace) -> int:
+    """the ini and what it names: every problem, then a table of the hooks"""
+    problems = list(examine(config, options))
+    for problem in problems:
+        print(f"{config.place}: {escape(problem)}", file=sys.stderr)
+    rows = [[hook.section, hook.event, hook.directory] for hook in config.hooks.values()]
+    table(["HOOK", "EVENT", "DIRECTORY"], rows)
+    return 78 if problems else 0
+
+
+def find_hook(config: Config, options: argparse.Namespace) -> tuple[Hook | None, Push]:
+    """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
+    names = [f"refs/{kind}/{options.branch}" for kind in ("heads", "tags")]
+    refs = [options.branch] if options.branch.startswith("refs/") else names
+    if not REPOSITORY.fullmatch(options.repo) or not REF.fullmatch(refs[0]):
+        raise SystemExit("hookd: REPO is written owner/repo, BRANCH as git knows it")
+    event = "push" if options.event == "delete" else options.event
+    push = Push(event or "push", options.repo, refs[0], "", pusher=user_name())
+    for hook in config.hooks_for(options.repo):
+        for ref in refs:
+            mine = push._replace(event=event or hook.event, repo=hook.named(push.repo), ref=ref)
+            if hook.matches(mine):
+                return hook, mine
+    return None, push
+
+
+def run(config: Config, options: argparse.Namespace) -> int:
+    """that run now, in the foreground, under the same lock, in the same history"""
     hook, push = find_hook(config, options)
-    delivery, deleted = str(uuid.uuid4()), options.event == "delete"
-    made_up = hashlib.sha1(delivery.encode()).hexdigest()
-    push = push._replace(commit="" if deleted else options.commit or made_up, deleted=deleted)
-    hooks = config.hooks_for(options.repo)
-    secrets = (hook or hooks[0]).secrets if hooks else config.secrets
-    if not secrets:
-        raise SystemExit(f"hookd: {config.place} has no secret for {options.repo}")
-    secret = secrets[0]
-    body = push_json(push)
-    status, text = post(config, body, {
-        "Content-Type": JSON, "X-GitHub-Delivery": delivery,
-        "X-GitHub-Event": "ping" if options.event == "ping" else push.event,
-        "X-Hub-Signature-256": f"sha256={hmac.new(secret, body, 'sha256').hexdigest()}"})
-    print(text)
-    if options.wait and (status == 202 or config.quiet):
-        for row in Store(config.state).runs("WHERE r.delivery = ?", delivery):
-            return watch(config, row.id, follow=True)
-    return 0 if status == 202 or text == "ok" or text.startswith("pong") else 1
+    if hook is None:
+        raise SystemExit(f"hookd: {config.place} has no hook for {options.repo} {options.branch}")
+    make_state(config)
+    store, target, told = Store(config.state), hook.target(push), False
+    names, holder = lock_names(hook, target), f"hookd {os.getpid()} run"
+    while (locks := take_locks(config.state, names, holder)) is None:
+        if not told:
+            print(f"hookd: waiting for the lock of {' and '.join(names)}", file=sys.stderr)
+        told = True
+        time.sleep(0.2)
+    with store.transaction():
+        number = store.add(store.target_id(target), push, "run", push_json(push))
+        payload = store.begin(number, os.getpid())
+        (row,) = store.runs("WHERE r.id = ?", number)
+        job = Job(row, hook, config.state, locks)
+        # A signal ends hookd before this, and the transaction with it; from here on, the run.
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(sign) != signal.SIG_IGN:  # as nohup(1) wants it
+                signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
+    job.echo, job.payload, began = show, payload, time.monotonic()
+    outcome = job.perform()
+    with store.transaction():
+        store.finish(number, outcome, job.commit, time.monotonic() - began)
+    free_locks(locks)
+    return outcome.exit
 
 
 def post(config: Config, body: bytes, fields: Mapping[str, str]) -> tuple[int, str]:
@@ -2501,20 +2465,19 @@ def post(config: Config, body: bytes, fields: Mapping[str, str]) -> tuple[int, s
     from http.client import HTTPConnection, HTTPException
     where, link = daemon_address(config), HTTPConnection("localhost")
     host, _, port = where.rpartition(":")
-    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
     try:
         if host == "unix":
             link.sock = socket.socket(socket.AF_UNIX)
             link.sock.settimeout(REQUEST_SECONDS)
             link.sock.connect(port)
-        else:
-            link.sock = socket.create_connection((host, int(port)), REQUEST_SECONDS)
+        else:  # 0.0.0.0 and :: lead to this machine
+            link.sock = socket.create_connection((host.strip("[]"), int(port)), REQUEST_SECONDS)
         if config.tls_cert:
             import ssl
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is ourselves
             link.sock = context.wrap_socket(link.sock)
-        link.request("POST", config.path, body, dict(fields))
+        link.request("POST", config.path, body, fields)
         answer = link.getresponse()
         return answer.status, answer.read().decode().strip()
     except (OSError, HTTPException, ValueError) as error:
@@ -2540,6 +2503,25 @@ def watch(config: Config, number: int, follow: bool) -> int:
         time.sleep(0.1)
 
 
+def send(config: Config, options: argparse.Namespace) -> int:
+    """a signed push to the running daemon, as GitHub would send it"""
+    hook, push = find_hook(config, options)
+    delivery, deleted = os.urandom(20).hex(), options.event == "delete"
+    commit = "" if deleted else options.commit or delivery  # as good as any
+    hooks = [hook] if hook else config.hooks_for(options.repo)
+    secrets = hooks[0].secrets if hooks else config.secrets or config.all_secrets
+    body = push_json(push._replace(commit=commit, deleted=deleted))
+    status, text = post(config, body, {
+        "Content-Type": JSON, "X-GitHub-Delivery": delivery,
+        "X-GitHub-Event": push.event,
+        "X-Hub-Signature-256": f"sha256={hmac.new(secrets[0], body, 'sha256').hexdigest()}"})
+    print(text)
+    if options.wait and (status == 202 or config.quiet):
+        for row in Store(config.state).runs("WHERE r.delivery = ?", delivery):
+            return watch(config, row.id, follow=True)
+    return 0 if status == 202 or text == "ok" or text.startswith("pong") else 1
+
+
 def has_history(config: Config) -> bool:
     """Tell whether hookd ever ran here; raise PermissionError where we may not know."""
     with contextlib.suppress(FileNotFoundError):
@@ -2547,25 +2529,6 @@ def has_history(config: Config) -> bool:
             return True
     print(f"hookd: nothing has run yet in {config.state}", file=sys.stderr)
     return False
-
-
-def status(config: Config, options: argparse.Namespace) -> int:
-    """each target: last state, commit, when, how long, what waits; 1 if any is not ok"""
-    found = []
-    rows: Any = Store(config.state).execute(STATUS) if has_history(config) else ()
-    for row in rows:
-        facts = {name: value for (name, *_), value in zip(rows.description, row)}
-        deleted, open_runs = facts.pop("deleted"), facts["running"] or facts["waiting"]
-        gone = facts["hook"] not in config.hooks or (deleted and facts["state"] == "ok")
-        if open_runs or (facts["run"] and not gone):
-            facts["waiting"] = [int(n) for n in (facts["waiting"] or "").split(",") if n]
-            found.append({**facts, "branch": short_name(facts["ref"])})
-    if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        head = ["TARGET", "RUN", "STATE", "COMMIT", "ENDED", "TOOK", "NOW"]
-        table(head, [status_row(facts) for facts in found])
-    return 1 if any(facts["state"] not in (None, "ok") for facts in found) else 0
 
 
 def status_row(facts: Mapping[str, Any]) -> list[str]:
@@ -2582,22 +2545,41 @@ def status_row(facts: Mapping[str, Any]) -> list[str]:
     return [name, *last, ended, took, ", ".join(now)]
 
 
+def status(config: Config, options: argparse.Namespace) -> int:
+    """each target: last state, commit, when, how long, what waits; 1 if any is not ok"""
+    found = []
+    rows: Any = Store(config.state).execute(STATUS) if has_history(config) else ()
+    for row in rows:
+        facts = {name: value for (name, *_), value in zip(rows.description, row)}
+        deleted, open_runs = facts.pop("deleted"), facts["running"] or facts["waiting"]
+        gone = config.hooks and facts["hook"] not in config.hooks
+        if open_runs or (facts["run"] and not gone and not (deleted and facts["state"] == "ok")):
+            facts["waiting"] = [int(n) for n in (facts["waiting"] or "").split(",") if n]
+            found.append({**facts, "branch": short_name(facts["ref"])})
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        head = ["TARGET", "RUN", "STATE", "COMMIT", "ENDED", "TOOK", "NOW"]
+        table(head, list(map(status_row, found)))
+    return 1 if any(facts["state"] not in (None, "ok") for facts in found) else 0
+
+
 def show_log(config: Config, options: argparse.Namespace) -> int:
     """a run's output, by RUN or REPO BRANCH; the newest run's without"""
-    words, names = options.words, "t.ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
-    where = ["r.began IS NOT NULL", "r.id = ?", f"lower(t.repo) = lower(?) AND {names}"]
-    if len(words) > 2 or (len(words) == 1 and not words[0].isdigit()):
-        raise SystemExit("hookd: log takes the number of a run, or REPO BRANCH")
+    words = [word for word in (options.run, options.branch) if word]
+    where = ("r.began IS NOT NULL", "r.id = ?", """lower(t.repo) = lower(?)
+        AND t.ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)""")[len(words)]
+    sql = f"WHERE {where} ORDER BY r.began DESC, r.id DESC LIMIT 1"
     if not has_history(config):
         return 1
-    values, order = [*words, *words[1:], *words[1:]], "ORDER BY r.began DESC, r.id DESC LIMIT 1"
-    rows = Store(config.state).runs(f"WHERE {where[len(words)]} {order}", *values)
-    if not rows:
-        raise SystemExit("hookd: no such run; hookd.py status has the last of each target")
-    (row,), end = rows, "" if rows[0].exit is None else f", exit {rows[0].exit}"
-    print(f"hookd: run {row.id} {row.state}{end}: {row.push} {row.note}".rstrip(), file=sys.stderr)
-    watch(config, row.id, options.follow)
-    return 0
+    for row in Store(config.state).runs(sql, *words, *words[1:] * 2):
+        end = "" if row.exit is None else f", exit {row.exit}"
+        line = f"hookd: run {row.id} {row.state}{end}: {row.push} {row.note}"
+        print(line.rstrip(), file=sys.stderr)
+        watch(config, row.id, options.follow)
+        return 0
+    remedy = "give the number of a run, or REPO BRANCH, see hookd.py status"
+    raise SystemExit(f"hookd: no such run; {remedy}")
 
 
 def secret(config: Config, options: argparse.Namespace) -> int:
@@ -2627,10 +2609,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     of["check"].add_argument("--online", action="store_true", help="also ask each git remote")
     of["send"].add_argument("--event", default="", help="instead of the hook's own",
                             choices=("push", "delete", "workflow_run", "release", "ping"))
-    of["send"].add_argument("--commit", default="", help="40 hex digits; made up unless given")
+    of["send"].add_argument("--commit", help="40 hex digits; made up unless given")
     of["send"].add_argument("--wait", action="store_true", help="follow the run, exit by its end")
     of["status"].add_argument("--json", action="store_true", help="for programs")
-    of["log"].add_argument("words", nargs="*", metavar="RUN|REPO BRANCH")
+    of["log"].add_argument("run", nargs="?", metavar="RUN|REPO", help="a run's number, owner/repo")
+    of["log"].add_argument("branch", nargs="?", metavar="BRANCH")
     of["log"].add_argument("-f", dest="follow", action="store_true", help="until the run has ended")
     top.set_defaults(event="", verb="serve")
     return top.parse_args(argv)
