@@ -2505,9 +2505,10 @@ def watch(config: Config, number: int, follow: bool) -> int:
 
 def send(config: Config, options: argparse.Namespace) -> int:
     """a signed push to the running daemon, as GitHub would send it"""
+    import uuid
     hook, push = find_hook(config, options)
-    delivery, deleted = os.urandom(20).hex(), options.event == "delete"
-    commit = "" if deleted else options.commit or delivery  # as good as any
+    delivery, deleted = str(uuid.uuid4()), options.event == "delete"
+    commit = "" if deleted else options.commit or os.urandom(20).hex()
     hooks = [hook] if hook else config.hooks_for(options.repo)
     secrets = hooks[0].secrets if hooks else config.secrets or config.all_secrets
     body = push_json(push._replace(commit=commit, deleted=deleted))
