@@ -44,7 +44,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -210,7 +210,8 @@ class Outcome(NamedTuple):
 
 # ================================================================================ configuration
 # Text to values. Each key of the ini is a field of Hook or Config with its default and a parser,
-# which raises ValueError("fault; remedy"). All problems are collected and told in one go.
+# which raises ValueError("fault; remedy"). A setting is parsed once, where it stands, used or not.
+# All problems are collected and told in one go.
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "K": 1024, "M": 1024**2, "G": 1024**3}
 BOOLEANS = configparser.RawConfigParser.BOOLEAN_STATES
@@ -279,7 +280,7 @@ of_branch = partial(template, "{repo} {owner} {name} {branch} {slug}")
 
 
 def key(default: str, parse: Callable[[str], Any], secret: bool = False) -> Any:
-    return field(repr=not secret, metadata={"default": default, "parse": parse})
+    return field(default=parse(default), repr=not secret, metadata={"parse": parse})
 
 
 @dataclass(frozen=True)
@@ -356,8 +357,8 @@ class Config:
         return [found[place] for place in sorted(found)]
 
 
-DAEMON_KEYS = {one.name: one.metadata for one in fields(Config) if one.metadata}
-HOOK_KEYS = {one.name: one.metadata for one in fields(Hook) if one.metadata}
+DAEMON_KEYS = {one.name: one for one in fields(Config) if one.metadata}
+HOOK_KEYS = {one.name: one for one in fields(Hook) if one.metadata}
 KEYS = DAEMON_KEYS | HOOK_KEYS
 SECRETS = ("secret", "secret_file")
 FILES = ("state", "tls_cert", "tls_key", "deploy_key", "directory")
@@ -402,34 +403,35 @@ class Ini:
             told = (f"{self.place}: line {number} {fault}" for number, _ in error.errors)
             raise ConfigError(*told) from None
 
-    def check_names(self, section: str, used: set[str]) -> None:
-        """Tell what is wrong with the name of a section and with those of its keys."""
-        words, daemon, known = section.split(), section == "hookd", [*KEYS, *SECRETS]
+    def value(self, section: str, key: str, text: str) -> Any:
+        """Return what a setting says, its default where it is at fault."""
+        try:
+            if "\0" in text or (key in FILES and text.startswith("~")):
+                raise ValueError("has a ~ or a NUL in it; write the whole path")
+            value = KEYS[key].metadata["parse"](text)
+            return os.path.join(self.base, value) if key in FILES else value
+        except ValueError as error:
+            self.problem(section, key, str(error))
+            return KEYS[key].default
+
+    def read(self, section: str, used: set[str]) -> dict[str, Any]:
+        """Return what a section sets; tell what is wrong with its name and its keys."""
+        words, daemon, values = section.split(), section == "hookd", {}
         if not daemon and (len(words) not in (1, 2) or not REPOSITORY.fullmatch(words[0])):
             self.problem(section, "", "is no hook; write [hookd] or [owner/repo branch]")
         elif not daemon and words[0].lower() not in used:
             self.problem(section, "", f"is used by no hook; add one like [{section} main]")
-        for key in self.ini[section]:
-            if key not in known:
+        for key, text in self.ini[section].items():
+            if key in HOOK_KEYS or (daemon and key in DAEMON_KEYS):
+                values[key] = self.value(section, key, text) if text else KEYS[key].default
+            elif key in DAEMON_KEYS:
+                self.problem(section, key, "is for the whole daemon; move it to [hookd]")
+            elif key not in SECRETS:
                 import difflib
-                near = difflib.get_close_matches(key, known, n=1)
+                near = difflib.get_close_matches(key, [*KEYS, *SECRETS], n=1)
                 remedy = f"did you mean {near[0]}?" if near else "hookd.ini lists all there are"
                 self.problem(section, key, f"unknown setting; {remedy}")
-            elif key in DAEMON_KEYS and not daemon:
-                self.problem(section, key, "is for the whole daemon; move it to [hookd]")
-
-    def value(self, key: str, levels: Sequence[str]) -> Any:
-        """Return a key's value from the nearest level that sets it, else its default."""
-        level = next((name for name in levels if self.ini.has_option(name, key)), "")
-        text = self.ini.get(level, key, fallback="") or KEYS[key]["default"]
-        try:
-            if "\0" in text or (key in FILES and text.startswith("~")):
-                raise ValueError("has a ~ or a NUL in it; write the whole path")
-            value = KEYS[key]["parse"](text)
-            return os.path.join(self.base, value) if key in FILES and text else value
-        except ValueError as error:
-            self.problem(level, key, str(error))
-            return ""
+        return values
 
     def secrets(self, levels: Sequence[str]) -> tuple[bytes, ...]:
         """Return the secrets of the nearest level that sets any, else the default file's."""
@@ -454,13 +456,15 @@ class Ini:
     def hook(self, section: str, repo: str, pattern: str) -> Hook:
         """Return a section's Hook; settings come from it, from its repository's, from [hookd]."""
         levels = [section, self.shared.get(repo.lower(), section), "hookd"]
-        values = {key: self.value(key, levels) for key in HOOK_KEYS}
-        if not values["command"] and not values["git"]:
+        values = ChainMap(*(self.values.get(level, {}) for level in levels))
+        settings = {key: values[key] for key in values if key in HOOK_KEYS}
+        settings["directory"] = settings.get("directory") or f"{self.state}/{WORK}"
+        hook = Hook(section, repo, pattern, self.secrets(levels), **settings)
+        if not hook.command and not hook.git:
             self.problem(section, "command", "is missing; set command, or git, or both")
-        if values["deploy_key"] and not values["git"]:
+        if hook.deploy_key and not hook.git:
             self.problem(section, "deploy_key", "is used by git alone; set git to the URL")
-        values["directory"] = values["directory"] or f"{self.state}/{WORK}"
-        return Hook(section, repo, pattern, self.secrets(levels), **values)
+        return hook
 
     def config(self, text: str, state: str) -> Config:
         """Return the Config of a text; `state` is the default. Raise ConfigError."""
@@ -468,17 +472,17 @@ class Ini:
         words = {name: name.split() for name in self.ini.sections()}
         used = {two[0].lower() for two in words.values() if len(two) == 2}
         self.shared = {name.strip().lower(): name for name in words}
-        for name in words:
-            self.check_names(name, used)
-        daemon = {name: self.value(name, ["hookd"]) for name in DAEMON_KEYS}
-        daemon["state"] = self.state = daemon["state"] or state
-        if bool(daemon["tls_cert"]) != bool(daemon["tls_key"]):
+        self.values = {name: self.read(name, used) for name in words}
+        values = self.values.get("hookd", {})
+        daemon = {key: values[key] for key in values if key in DAEMON_KEYS}
+        daemon["state"] = self.state = daemon.get("state") or state
+        if bool(daemon.get("tls_cert")) != bool(daemon.get("tls_key")):
             self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
         hooks = {name: self.hook(name, *two) for name, two in words.items() if len(two) == 2}
         if not hooks or any(self.ini.has_option("hookd", name) for name in SECRETS):
             self.secrets(["hookd"])
         if self.problems:
-            raise ConfigError(*dict.fromkeys(self.problems))  # a shared value's, once
+            raise ConfigError(*self.problems)
         every = tuple(dict.fromkeys(one for level in self.found.values() for one in level))
         return Config(self.place, hooks, self.found.get("hookd", ()), every, **daemon)
 
