@@ -404,33 +404,33 @@ class Ini:
             raise ConfigError(*told) from None
 
     def value(self, section: str, key: str, text: str) -> Any:
-        """Return what a setting says, its default where it is at fault."""
-        try:
-            if "\0" in text or (key in FILES and text.startswith("~")):
-                raise ValueError("has a ~ or a NUL in it; write the whole path")
-            value = KEYS[key].metadata["parse"](text)
-            return os.path.join(self.base, value) if key in FILES else value
-        except ValueError as error:
-            self.problem(section, key, str(error))
-            return KEYS[key].default
+        """Return what a setting says, where it stands; raise ValueError."""
+        if key not in KEYS:
+            import difflib
+            near = difflib.get_close_matches(key, [*KEYS, *SECRETS], n=1)
+            remedy = f"did you mean {near[0]}?" if near else "hookd.ini lists all there are"
+            raise ValueError(f"unknown setting; {remedy}")
+        if key in DAEMON_KEYS and section != "hookd":
+            raise ValueError("is for the whole daemon; move it to [hookd]")
+        if "\0" in text or (key in FILES and text.startswith("~")):
+            raise ValueError("has a ~ or a NUL in it; write the whole path")
+        value = KEYS[key].metadata["parse"](text) if text else KEYS[key].default
+        return os.path.join(self.base, text) if key in FILES and text else value
 
     def read(self, section: str, used: set[str]) -> dict[str, Any]:
         """Return what a section sets; tell what is wrong with its name and its keys."""
-        words, daemon, values = section.split(), section == "hookd", {}
-        if not daemon and (len(words) not in (1, 2) or not REPOSITORY.fullmatch(words[0])):
-            self.problem(section, "", "is no hook; write [hookd] or [owner/repo branch]")
-        elif not daemon and words[0].lower() not in used:
-            self.problem(section, "", f"is used by no hook; add one like [{section} main]")
+        words, values = section.split(), {}
+        if section != "hookd":
+            if len(words) not in (1, 2) or not REPOSITORY.fullmatch(words[0]):
+                self.problem(section, "", "is no hook; write [hookd] or [owner/repo branch]")
+            elif words[0].lower() not in used:
+                self.problem(section, "", f"is used by no hook; add one like [{section} main]")
         for key, text in self.ini[section].items():
-            if key in HOOK_KEYS or (daemon and key in DAEMON_KEYS):
-                values[key] = self.value(section, key, text) if text else KEYS[key].default
-            elif key in DAEMON_KEYS:
-                self.problem(section, key, "is for the whole daemon; move it to [hookd]")
-            elif key not in SECRETS:
-                import difflib
-                near = difflib.get_close_matches(key, [*KEYS, *SECRETS], n=1)
-                remedy = f"did you mean {near[0]}?" if near else "hookd.ini lists all there are"
-                self.problem(section, key, f"unknown setting; {remedy}")
+            try:
+                if key not in SECRETS:
+                    values[key] = self.value(section, key, text)
+            except ValueError as error:
+                self.problem(section, key, str(error))
         return values
 
     def secrets(self, levels: Sequence[str]) -> tuple[bytes, ...]:
@@ -473,8 +473,8 @@ class Ini:
         used = {two[0].lower() for two in words.values() if len(two) == 2}
         self.shared = {name.strip().lower(): name for name in words}
         self.values = {name: self.read(name, used) for name in words}
-        values = self.values.get("hookd", {})
-        daemon = {key: values[key] for key in values if key in DAEMON_KEYS}
+        common = self.values.get("hookd", {})
+        daemon = {key: common[key] for key in common if key in DAEMON_KEYS}
         daemon["state"] = self.state = daemon.get("state") or state
         if bool(daemon.get("tls_cert")) != bool(daemon.get("tls_key")):
             self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
@@ -558,11 +558,10 @@ def read_head(head: bytes) -> Request:
 
 def allowed(config: Config, client: str) -> bool:
     import ipaddress
-    try:
+    with contextlib.suppress(ValueError):
         host = ipaddress.ip_address(client.partition("%")[0])
-    except ValueError:
-        return False
-    return any(host in network for network in config.allow_from)
+        return any(host in network for network in config.allow_from)
+    return False
 
 
 def check_head(config: Config, request: Request, client: str) -> None:
