@@ -44,7 +44,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import ChainMap, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -101,6 +101,35 @@ class Refusal(Exception):
 # Frozen, complete and valid when built. Secrets never show in a repr.
 
 
+def short_name(ref: str) -> str:
+    return re.sub(r"^refs/(heads|tags)/", "", ref, count=1)
+
+
+def slug(branch: str) -> str:
+    """Spell a branch as a DNS label that no other branch shares.
+
+    A hash ends it where spelling lost something, or where the name itself ends like a hash.
+    """
+    label = re.sub(r"[^a-z0-9]", "-", branch.lower()).strip("-")
+    if label == branch and len(label) <= 63 and not re.search(r"(^|-)[0-9a-f]{8}$", label):
+        return label
+    digest = hashlib.sha256(branch.encode()).hexdigest()[:8]
+    return f"{label[:54].rstrip('-')}-{digest}".lstrip("-")
+
+
+def fill(template: str, repo: str, branch: str) -> str:
+    """Replace {repo} {owner} {name} {branch} {slug}; all five have been checked before."""
+    owner, _, name = repo.partition("/")
+    values = {"repo": repo, "owner": owner, "name": name, "branch": branch, "slug": slug(branch)}
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+def escape(text: str) -> str:
+    """Make strangers' text fit for a log line or a terminal: what is not printable is spelled."""
+    spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if text.isprintable() else "".join(spelled)
+
+
 class Request(NamedTuple):
     """Hold the head of an HTTP request; field names in lower case, values as latin-1 text."""
 
@@ -146,12 +175,9 @@ class Target(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Hold what judgement made of a signed delivery.
+    """Hold what judgement made of a signed delivery."""
 
-    With 202 the push is to be queued; with 200 and a hook, to be noted as passed over.
-    """
-
-    status: int
+    status: int  # 202: the push is to be queued; 200 with a hook: to be noted as passed over
     text: str
     hook: Hook | None = None
     push: Push | None = None
@@ -182,58 +208,17 @@ class Outcome(NamedTuple):
     note: str = ""
 
 
-def short_name(ref: str) -> str:
-    return re.sub(r"^refs/(heads|tags)/", "", ref, count=1)
-
-
-def slug(branch: str) -> str:
-    """Spell a branch as a DNS label that no other branch shares.
-
-    A hash ends it where spelling lost something, or where the name itself ends like a hash.
-    """
-    label = re.sub(r"[^a-z0-9]", "-", branch.lower()).strip("-")
-    if label == branch and len(label) <= 63 and not re.search(r"(^|-)[0-9a-f]{8}$", label):
-        return label
-    digest = hashlib.sha256(branch.encode()).hexdigest()[:8]
-    return f"{label[:54].rstrip('-')}-{digest}".lstrip("-")
-
-
-def fill(template: str, repo: str, branch: str) -> str:
-    """Replace {repo} {owner} {name} {branch} {slug}; all five have been checked before."""
-    owner, _, name = repo.partition("/")
-    values = {"repo": repo, "owner": owner, "name": name, "branch": branch, "slug": slug(branch)}
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
-
-
-def escape(text: str) -> str:
-    """Make strangers' text fit for a log line or a terminal: what is not printable is spelled."""
-    spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if text.isprintable() else "".join(spelled)
-
-
 # ================================================================================ configuration
 # Text to values. Each key of the ini is a field of Hook or Config with its default and a parser,
-# which raises ValueError("fault; remedy"). All problems are collected and told in one go.
+# which raises ValueError("fault; remedy"). A setting is parsed once, where it stands, used or not.
+# All problems are collected and told in one go.
 
-Parser = Callable[[str], Any]
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "K": 1024, "M": 1024**2, "G": 1024**3}
 BOOLEANS = configparser.RawConfigParser.BOOLEAN_STATES
 REPOSITORY = re.compile(r"(?!\.\.?/)[\w.-]{1,100}/(?:(?!\.\.?$)[\w.-]{1,100}|\*)", re.ASCII)
+NUMBER = "0*[1-9][0-9]{0,8}"
 PORT = "(?:[0-9]{1,4}|[1-5][0-9]{4}|6(?:[0-4][0-9]{3}|5(?:[0-4][0-9]{2}|5(?:[0-2][0-9]|3[0-5]))))"
 WORK = "work/{repo}/{slug}"
-
-
-def form(pattern: str, convert: Parser, what: str) -> Parser:
-    """Make a parser of text that has one form, which `what` names with an example."""
-    def parse(text: str) -> Any:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} is not {what}")
-        return convert(text)
-    return parse
-
-
-def one_of(*words: str) -> Parser:
-    return form("|".join(words), str, f"one of {', '.join(words)}; write one of these")
 
 
 def quantity(text: str) -> int:
@@ -262,31 +247,40 @@ def variables(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, _, value in pairs)
 
 
-def template(*known: str) -> Parser:
-    def parse(text: str) -> str:
-        for word in re.findall(r"\{[^{}]*\}", text):
-            if word not in known:
-                raise ValueError(f"{word} is not known here; use {' '.join(known)}")
-        return text
-    return parse
+def template(known: str, text: str) -> str:
+    for word in re.findall(r"\{[^{}]*\}", text):
+        if word not in known:
+            raise ValueError(f"{word} is not known here; use {known}")
+    return text
+
+
+def form(pattern: str, convert: Callable[[str], Any], what: str, text: str) -> Any:
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"{text!r} is not {what}")
+    return convert(text)
+
+
+def one_of(*words: str) -> Callable[[str], Any]:
+    return partial(form, "|".join(words), str, f"one of {', '.join(words)}; write one of these")
 
 
 A_DURATION = "a duration; write it like 90s, 15m, 2h or 1d"
-count = form("0*[1-9][0-9]{0,8}", int, "a number from 1 up; write it like 2")
-size = form("0*[1-9][0-9]{0,8}[KMG]?", quantity, "a size; write it like 64K or 25M")
-duration = form("0*[1-9][0-9]{0,8}[smhd]", quantity, A_DURATION)
-no_or_duration = form("no|0*[1-9][0-9]{0,8}[smhd]", quantity, f"no or {A_DURATION}")
-yes_or_no = form(f"(?i:{'|'.join(BOOLEANS)})", lambda text: BOOLEANS[text.lower()],
-                 "yes or no; write one of these")
-address = form(rf"unix:/.+|(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):{PORT}", str,
-               "an address; write 127.0.0.1:9000, [::1]:9000 or unix:/path")
-url_path = form(r'/[!-"$->@-~]*', str, "a URL path; begin with / and use no space, ? or #")
-of_repo = template("{repo}", "{owner}", "{name}")
-of_branch = template("{repo}", "{owner}", "{name}", "{branch}", "{slug}")
+duration = partial(form, f"{NUMBER}[smhd]", quantity, A_DURATION)
+no_or_duration = partial(form, f"no|{NUMBER}[smhd]", quantity, f"no or {A_DURATION}")
+count = partial(form, NUMBER, int, "a number from 1 up; write it like 2")
+size = partial(form, f"{NUMBER}[KMG]?", quantity, "a size; write it like 64K or 25M")
+yes_or_no = partial(form, f"(?i:{'|'.join(BOOLEANS)})", lambda text: BOOLEANS[text.lower()],
+                    "yes or no; write one of these")
+address = partial(form, rf"unix:/.+|(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):{PORT}", str,
+                  "an address; write 127.0.0.1:9000, [::1]:9000 or unix:/path")
+url_path = partial(form, r'/[!-"$->@-~]*', str,
+                   "a URL path; begin with / and use no space, ? or #")
+of_repo = partial(template, "{repo} {owner} {name}")
+of_branch = partial(template, "{repo} {owner} {name} {branch} {slug}")
 
 
-def key(default: str, parse: Parser, secret: bool = False) -> Any:
-    return field(repr=not secret, metadata={"default": default, "parse": parse})
+def key(default: str, parse: Callable[[str], Any], secret: bool = False) -> Any:
+    return field(default=parse(default), repr=not secret, metadata={"parse": parse})
 
 
 @dataclass(frozen=True)
@@ -313,7 +307,6 @@ class Hook:
     on_delete: str = key("", str)
 
     def matches(self, push: Push) -> bool:
-        """Tell whether this hook wants a push of its repository."""
         if self.event != push.event:
             return False
         if self.pattern.startswith("refs/"):
@@ -351,24 +344,23 @@ class Config:
     allow_from: tuple[Any, ...] = key("", networks)
 
     @cached_property
-    def by_repo(self) -> Mapping[str, list[tuple[int, Hook]]]:
-        found: dict[str, list[tuple[int, Hook]]] = {}
+    def by_repo(self) -> Mapping[str, Mapping[int, Hook]]:
+        found: dict[str, dict[int, Hook]] = {}
         for place, hook in enumerate(self.hooks.values()):
-            found.setdefault(hook.repo.lower(), []).append((place, hook))
+            found.setdefault(hook.repo.lower(), {})[place] = hook
         return found
 
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
-        names = {repo.lower(), repo.lower().split("/")[0] + "/*"}
-        found = [pair for name in names for pair in self.by_repo.get(name, ())]
-        return [hook for _, hook in sorted(found, key=lambda pair: pair[0])]
+        own, owners = repo.lower(), repo.lower().split("/")[0] + "/*"
+        found = {**self.by_repo.get(own, {}), **self.by_repo.get(owners, {})}
+        return [found[place] for place in sorted(found)]
 
 
-DAEMON_KEYS = {f.name: f.metadata for f in fields(Config) if f.metadata}
-HOOK_KEYS = {f.name: f.metadata for f in fields(Hook) if f.metadata}
+DAEMON_KEYS = {one.name: one for one in fields(Config) if one.metadata}
+HOOK_KEYS = {one.name: one for one in fields(Hook) if one.metadata}
+KEYS = DAEMON_KEYS | HOOK_KEYS
 SECRETS = ("secret", "secret_file")
-KEYS = {name: data["default"] for name, data in {**DAEMON_KEYS, **HOOK_KEYS}.items()}
-KEYS |= dict.fromkeys(SECRETS, "")
 FILES = ("state", "tls_cert", "tls_key", "deploy_key", "directory")
 
 
@@ -392,85 +384,64 @@ class Ini:
         self.found: dict[str, tuple[bytes, ...]] = {}  # secrets by the level that sets them
         self.ini = ini_parser(strict=False)
 
-    def config(self, text: str, state: str) -> Config:
-        """Return the Config of a text; `state` is the default. Raise ConfigError."""
-        self.parse(text)
-        words = {name: name.split() for name in self.ini.sections()}
-        used = {two[0].lower() for two in words.values() if len(two) == 2}
-        self.shared = {name.strip().lower(): name for name in words}
-        for name in words:
-            self.check_section(name, used)
-        daemon = {name: self.value(name, ["hookd"]) for name in DAEMON_KEYS}
-        daemon["state"] = self.state = daemon["state"] or state
-        if bool(daemon["tls_cert"]) != bool(daemon["tls_key"]):
-            self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
-        hooks = {name: self.hook(name, *two) for name, two in words.items() if len(two) == 2}
-        if not hooks or any(self.ini.has_option("hookd", name) for name in SECRETS):
-            self.secrets(["hookd"])
-        if self.problems:
-            raise ConfigError(*self.problems)
-        every = tuple(dict.fromkeys(one for level in self.found.values() for one in level))
-        secrets = self.found.get("hookd") or self.found.get("", ())
-        return Config(self.place, hooks, secrets, every, **daemon)
+    def problem(self, section: str, key: str, fault: str) -> None:
+        self.problems.append(escape(f"{self.place}: [{section}] {key}".rstrip() + f": {fault}"))
 
     def parse(self, text: str) -> None:
         """Let configparser read: leniently, and strictly once more to find a duplicate."""
         try:
             self.ini.read_string(text)
-        except configparser.MissingSectionHeaderError as error:
-            fault = "stands before the first [section]; begin with [hookd]"
-            raise ConfigError(f"{self.place}: line {error.lineno} {fault}") from None
-        except configparser.ParsingError as error:  # its own words would show a secret's line
-            numbers = [line for line, _ in error.errors]
-            fault = "is no [section] and no `key = value`; indent it if it continues the one above"
-            raise ConfigError(*(f"{self.place}: line {n} {fault}" for n in numbers)) from None
-        try:
             ini_parser(strict=True).read_string(text)
         except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
             fault = f"is there twice (line {error.lineno}); keep one"
             self.problem(error.section, getattr(error, "option", ""), fault)
+        except configparser.MissingSectionHeaderError as error:
+            fault = "stands before the first [section]; begin with [hookd]"
+            raise ConfigError(f"{self.place}: line {error.lineno} {fault}") from None
+        except configparser.ParsingError as error:  # its own words would show a secret's line
+            fault = "is no [section] and no `key = value`; indent it if it continues the one above"
+            told = (f"{self.place}: line {number} {fault}" for number, _ in error.errors)
+            raise ConfigError(*told) from None
 
-    def problem(self, section: str, key: str, fault: str) -> None:
-        self.problems.append(escape(f"{self.place}: [{section}] {key}".rstrip() + f": {fault}"))
+    def value(self, section: str, key: str, text: str) -> Any:
+        """Return what a setting says, where it stands; raise ValueError."""
+        if key not in KEYS:
+            import difflib
+            near = difflib.get_close_matches(key, [*KEYS, *SECRETS], n=1)
+            remedy = f"did you mean {near[0]}?" if near else "hookd.ini lists all there are"
+            raise ValueError(f"unknown setting; {remedy}")
+        if key in DAEMON_KEYS and section != "hookd":
+            raise ValueError("is for the whole daemon; move it to [hookd]")
+        if "\0" in text or (key in FILES and text.startswith("~")):
+            raise ValueError("has a ~ or a NUL in it; write the whole path")
+        value = KEYS[key].metadata["parse"](text) if text else KEYS[key].default
+        return os.path.join(self.base, text) if key in FILES and text else value
 
-    def check_section(self, section: str, used: set[str]) -> None:
-        """Tell what is wrong with the name of a section and with those of its keys."""
-        words = section.split()
+    def read(self, section: str, used: set[str]) -> dict[str, Any]:
+        """Return what a section sets; tell what is wrong with its name and its keys."""
+        words, values = section.split(), {}
         if section != "hookd":
             if len(words) not in (1, 2) or not REPOSITORY.fullmatch(words[0]):
                 self.problem(section, "", "is no hook; write [hookd] or [owner/repo branch]")
             elif words[0].lower() not in used:
                 self.problem(section, "", f"is used by no hook; add one like [{section} main]")
-        for key in self.ini[section]:
-            if key not in KEYS:
-                import difflib
-                near = difflib.get_close_matches(key, KEYS, n=1)
-                remedy = f"did you mean {near[0]}?" if near else "hookd.ini lists all there are"
-                self.problem(section, key, f"unknown setting; {remedy}")
-            elif key in DAEMON_KEYS and section != "hookd":
-                self.problem(section, key, "is for the whole daemon; move it to [hookd]")
-
-    def value(self, key: str, levels: Sequence[str]) -> Any:
-        """Return a key's value from the nearest level that sets it, else its default."""
-        parse = (DAEMON_KEYS.get(key) or HOOK_KEYS[key])["parse"]
-        level = next((name for name in levels if self.ini.has_option(name, key)), "")
-        text = self.ini.get(level, key, fallback="") or KEYS[key]
-        try:
-            if "\0" in text or (key in FILES and text.startswith("~")):
-                raise ValueError("has a ~ or a NUL in it; write the whole path")
-            return os.path.join(self.base, parse(text)) if key in FILES and text else parse(text)
-        except ValueError as error:
-            self.problem(level, key, str(error))
-            return parse(KEYS[key])
+        for key, text in self.ini[section].items():
+            try:
+                if key not in SECRETS:
+                    values[key] = self.value(section, key, text)
+            except ValueError as error:
+                self.problem(section, key, str(error))
+        return values
 
     def secrets(self, levels: Sequence[str]) -> tuple[bytes, ...]:
         """Return the secrets of the nearest level that sets any, else the default file's."""
         sets = (name for name in levels for key in SECRETS if self.ini.has_option(name, key))
-        level, default = next(sets, ""), f"{self.state}/secret"
+        level, default = next(sets, "hookd"), f"{self.state}/secret"
         if level in self.found:
             return self.found[level]
-        name = self.ini.get(level, "secret_file", fallback="" if level else default)
-        found = list(lines(self.ini.get(level, "secret", fallback="")))
+        given = self.ini.get(level, "secret", fallback=None)
+        name = self.ini.get(level, "secret_file", fallback=default if given is None else "")
+        found = list(lines(given or ""))
         try:
             text = self.read_secret(name, os.path.join(self.base, name) == default) if name else ""
             found += [line.rstrip("\r") for line in text.split("\n") if line.strip()]
@@ -478,27 +449,51 @@ class Ini:
                 raise ValueError("it is empty")
         except (OSError, ValueError) as error:
             fault = f"cannot be used ({error}); put one secret on a line, where hookd may read it"
-            self.problem(level or "hookd", "secret_file" if name else "secret", fault)
+            self.problem(level, "secret_file" if name else "secret", fault)
         self.found[level] = tuple(line.encode() for line in found)
         return self.found[level]
 
     def hook(self, section: str, repo: str, pattern: str) -> Hook:
         """Return a section's Hook; settings come from it, from its repository's, from [hookd]."""
         levels = [section, self.shared.get(repo.lower(), section), "hookd"]
-        values = {key: self.value(key, levels) for key in HOOK_KEYS}
-        if not values["command"] and not values["git"]:
+        values = ChainMap(*(self.values.get(level, {}) for level in levels))
+        settings = {key: values[key] for key in values if key in HOOK_KEYS}
+        settings["directory"] = settings.get("directory") or f"{self.state}/{WORK}"
+        hook = Hook(section, repo, pattern, self.secrets(levels), **settings)
+        if not hook.command and not hook.git:
             self.problem(section, "command", "is missing; set command, or git, or both")
-        if values["deploy_key"] and not values["git"]:
+        if hook.deploy_key and not hook.git:
             self.problem(section, "deploy_key", "is used by git alone; set git to the URL")
-        values["directory"] = values["directory"] or f"{self.state}/{WORK}"
-        return Hook(section, repo, pattern, self.secrets(levels), **values)
+        return hook
+
+    def config(self, text: str, state: str) -> Config:
+        """Return the Config of a text; `state` is the default. Raise ConfigError."""
+        self.parse(text)
+        words = {name: name.split() for name in self.ini.sections()}
+        used = {two[0].lower() for two in words.values() if len(two) == 2}
+        self.shared = {name.strip().lower(): name for name in words}
+        self.values = {name: self.read(name, used) for name in words}
+        common = self.values.get("hookd", {})
+        daemon = {key: common[key] for key in common if key in DAEMON_KEYS}
+        daemon["state"] = self.state = daemon.get("state") or state
+        if bool(daemon.get("tls_cert")) != bool(daemon.get("tls_key")):
+            self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
+        hooks = {name: self.hook(name, *two) for name, two in words.items() if len(two) == 2}
+        if not hooks or any(self.ini.has_option("hookd", name) for name in SECRETS):
+            self.secrets(["hookd"])
+        if self.problems:
+            raise ConfigError(*self.problems)
+        every = tuple(dict.fromkeys(one for level in self.found.values() for one in level))
+        return Config(self.place, hooks, self.found.get("hookd", ()), every, **daemon)
 
 
 # ==================================================================================== judgement
 # Bytes and values in, a value or a Refusal out. Nothing here opens a file, a socket or a clock.
+# What GitHub sends: https://docs.github.com/webhooks/webhook-events-and-payloads, and how it signs:
+# https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries
 
 Body = Union[bytes, bytearray]
-REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])")
+REQUEST_LINE = re.compile(rb"[A-Za-z][!#$%&'*+.^_`|~0-9A-Za-z-]* [!-~]+ HTTP/1\.[01]\r")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
@@ -513,16 +508,31 @@ REF = re.compile(
     r"(?:/[^\x00-\x20\x7f~^:?*\[\\/.\ud800-\udfff][^\x00-\x20\x7f~^:?*\[\\/\ud800-\udfff]*)+")
 
 
+def refuse(*faults: tuple[Any, int, str]) -> None:
+    """Raise the Refusal, status and reason, of the first fault that is one."""
+    for fault, status, reason in faults:
+        if fault:
+            raise Refusal(status, reason)
+
+
 def check_start(start: bytes) -> None:
     """Refuse a head, whole or not, once it can only end badly."""
     line, newline, _ = start.partition(b"\n")
-    if len(line) > LINE_MAX:
-        raise Refusal(414, "request line too long")
-    if len(start) > HEAD_MAX:
-        raise Refusal(431, "request head too large")
-    good = REQUEST_LINE.fullmatch(line[:-1]) if newline and line.endswith(b"\r") else not newline
-    if not good or not start[:1].isalpha():
-        raise Refusal(400, "not HTTP/1.1 (TLS on a plain port?)")
+    good = REQUEST_LINE.fullmatch(line) if newline else start[:1].isalpha()
+    refuse((len(line) > LINE_MAX, 414, "request line too long"),
+           (len(start) > HEAD_MAX, 431, "request head too large"),
+           (not good, 400, "not HTTP/1.1 (TLS on a plain port?)"))
+
+
+def body_length(method: str, fields: Mapping[str, str]) -> int:
+    """Return how many bytes follow a head; what could be framed in two ways is refused."""
+    coding, length = fields.get("transfer-encoding", ""), fields.get("content-length", "0")
+    coded, sized = "transfer-encoding" in fields, "content-length" in fields
+    refuse((coded and sized, 400, "both Content-Length and Transfer-Encoding"),
+           (coded and coding.lower() != "chunked", 501, "Content-Length needed"),
+           (coded or (method == "POST" and not sized), 411, "Content-Length needed"),
+           (not re.fullmatch("[0-9]+", length), 400, "Content-Length is no number"))
+    return int(length) if len(length) < 16 else 10**16  # int() would refuse thousands of digits
 
 
 def read_head(head: bytes) -> Request:
@@ -546,18 +556,12 @@ def read_head(head: bytes) -> Request:
     return Request(method, target, fields, body_length(method, fields), keep_alive)
 
 
-def body_length(method: str, fields: Mapping[str, str]) -> int:
-    """Return how many bytes follow a head; what could be framed in two ways is refused."""
-    coding, length = fields.get("transfer-encoding"), fields.get("content-length", "0")
-    if coding is not None and "content-length" in fields:
-        raise Refusal(400, "both Content-Length and Transfer-Encoding")
-    if coding is not None:
-        raise Refusal(411 if coding.lower() == "chunked" else 501, "Content-Length needed")
-    if method == "POST" and "content-length" not in fields:
-        raise Refusal(411, "Content-Length needed")
-    if not re.fullmatch("[0-9]+", length):
-        raise Refusal(400, "Content-Length is no number")
-    return int(length) if len(length) < 16 else 10**16  # int() would refuse thousands of digits
+def allowed(config: Config, client: str) -> bool:
+    import ipaddress
+    with contextlib.suppress(ValueError):
+        host = ipaddress.ip_address(client.partition("%")[0])
+        return any(host in network for network in config.allow_from)
+    return False
 
 
 def check_head(config: Config, request: Request, client: str) -> None:
@@ -567,84 +571,25 @@ def check_head(config: Config, request: Request, client: str) -> None:
     coding = fields.get("content-encoding", "identity").lower()
     kind = fields.get("content-type", "").partition(";")[0].strip().lower()
     stranger = config.allow_from and client and not allowed(config, client)
-    for fault, status, reason in (
-            (stranger, 403, "not allowed from this address"),
-            (path != config.path, 404, "not found"),
-            (request.method not in METHODS, 501, "unknown method"),
-            (request.method != "POST", 405, "only POST"),
-            (request.length > config.max_body, 413, "body too large"),
-            (coding != "identity", 415, "Content-Encoding not supported"),
-            (kind not in (JSON, FORM), 415, f"Content-Type must be {JSON}"),
-            (not signature, 403, "signature missing"),
-            (not SIGNATURE.fullmatch(signature), 403, "signature does not match")):
-        if fault:
-            raise Refusal(status, reason)
-
-
-def allowed(config: Config, client: str) -> bool:
-    import ipaddress
-    try:
-        host = ipaddress.ip_address(client.partition("%")[0])
-    except ValueError:
-        return False
-    return any(host in network for network in config.allow_from)
+    refuse((stranger, 403, "not allowed from this address"),
+           (path != config.path, 404, "not found"),
+           (request.method not in METHODS, 501, "unknown method"),
+           (request.method != "POST", 405, "only POST"),
+           (request.length > config.max_body, 413, "body too large"),
+           (coding != "identity", 415, "Content-Encoding not supported"),
+           (kind not in (JSON, FORM), 415, f"Content-Type must be {JSON}"),
+           (not signature, 403, "signature missing"),
+           (not SIGNATURE.fullmatch(signature), 403, "signature does not match"))
 
 
 def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
-    """Return the secret that signed the raw body; refuse where none did.
-
-    https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries
-    """
+    """Return the secret that signed the raw body; refuse where none did."""
     given = SIGNATURE.fullmatch(signature)
     digest = bytes.fromhex(given[1]) if given else b""
     for secret in secrets:
         if secret and hmac.compare_digest(hmac.digest(secret, body, "sha256"), digest):
             return secret
     raise Refusal(403, "signature does not match")
-
-
-def decide(config: Config, request: Request, body: Body, secret: bytes) -> Decision:
-    """Judge a delivery signed with `secret`: what to answer, or for which hook to queue what."""
-    fields = request.fields
-    payload, data = read_payload(body, fields["content-type"].lower().startswith(FORM))
-    event, repo = fields.get("x-github-event", ""), ""
-    if not event:
-        raise Refusal(400, "X-GitHub-Event missing")
-    if pick(data, "repository") is not None:  # an organisation's ping has none
-        repo = needed(REPOSITORY, pick(data, "repository", "full_name"), "repository")
-    hooks = config.hooks_for(repo)
-    own = any(secret in hook.secrets for hook in hooks) if hooks else secret in config.secrets
-    if repo and not own:
-        raise Refusal(403, "the secret is another repository's")
-    if event == "ping":
-        return Decision(200, pong(config, repo, secret))
-    push = EVENTS[event](data, needed(REPOSITORY, repo, "repository")) if event in EVENTS else None
-    if push is None:
-        return Decision(200, f"ignored: nothing to do for this {escape(event[:40])} event")
-    hook = next((hook for hook in hooks if hook.matches(push)), None)
-    if hook is None:
-        return Decision(200, f"ignored: no hook for {push.place}")
-    if secret not in hook.secrets:
-        raise Refusal(403, "the secret is another repository's")
-    push = push._replace(repo=hook.named(repo))
-    if push.deleted and not hook.on_delete:
-        return Decision(200, f"ignored: {push.place} was deleted")
-    if hook.paths and not push.deleted and not touches(hook.paths, data):
-        return Decision(200, f"ignored: {push} changed none of its paths", hook, push)
-    return Decision(202, "", hook, push, payload)
-
-
-def touches(patterns: Sequence[str], data: Any) -> bool:
-    """Tell whether a push touches one of the patterns; where it cannot be known, it does."""
-    commits = pick(data, "commits")
-    whole = isinstance(commits, list) and 0 < len(commits) < 2048
-    if not whole or pick(data, "created") is True or pick(data, "forced") is True:
-        return True
-    found = [pick(commit, key) for commit in commits for key in ("added", "modified", "removed")]
-    if not all(isinstance(paths, list) for paths in found):
-        return True
-    paths = {path for paths in found for path in paths if isinstance(path, str)}
-    return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
 
 
 def read_payload(body: Body, form: bool) -> tuple[Body, dict[str, Any]]:
@@ -676,56 +621,51 @@ def text_of(data: Any, *names: str) -> str:
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
-def needed(pattern: re.Pattern[str], value: Any, name: str) -> str:
+def order_of(data: Any, *names: str) -> int:
+    """Return a number that orders pushes and that a database can hold; 0 where it is none."""
+    value = pick(data, *names)
+    return value if type(value) is int and 0 < value < 2**62 else 0
+
+
+def needed(pattern: re.Pattern[str], text: str, name: str) -> str:
     """Return a field that has its form; `*` is for the ini alone."""
-    if not isinstance(value, str) or not pattern.fullmatch(value) or "*" in value:
+    if not pattern.fullmatch(text) or "*" in text:
         raise Refusal(400, f"signed, but hookd cannot read its {name}")
-    return value
+    return text
 
 
 def read_push(data: Any, repo: str) -> Push:
-    """https://docs.github.com/webhooks/webhook-events-and-payloads#push"""
-    ref = needed(REF, pick(data, "ref"), "ref")
-    commit = needed(COMMIT, pick(data, "after"), "commit")
+    ref = needed(REF, text_of(data, "ref"), "ref")
+    commit = needed(COMMIT, text_of(data, "after"), "commit")
     deleted = pick(data, "deleted") is True or not commit.strip("0")
     pusher = text_of(data, "pusher", "name") or text_of(data, "sender", "login")
-    when = pick(data, "repository", "pushed_at")
-    when = when if type(when) is int and 0 < when < 2**62 else 0
-    before = text_of(data, "before")
-    return Push("push", repo, ref, "" if deleted else commit, before, pusher, deleted, when)
+    return Push("push", repo, ref, "" if deleted else commit, text_of(data, "before"), pusher,
+                deleted, order_of(data, "repository", "pushed_at"))
 
 
 def read_workflow_run(data: Any, repo: str) -> Push | None:
-    """Take a workflow that succeeded for a push to this very repository, never a fork's.
-
-    https://docs.github.com/webhooks/webhook-events-and-payloads#workflow_run
-    """
+    """Take a workflow that succeeded for a push to this very repository, never a fork's."""
     run = pick(data, "workflow_run")
     good = (pick(data, "action"), pick(run, "conclusion"), pick(run, "event"))
     home = text_of(run, "head_repository", "full_name").lower()
     if good != ("completed", "success", "push") or home != repo.lower():
         return None
     ref = needed(REF, f"refs/heads/{text_of(run, 'head_branch')}", "branch")
-    commit = needed(COMMIT, pick(run, "head_sha"), "commit")
-    number = pick(run, "id")  # grows with each new run: the slow check of an old push comes late
-    order = number if type(number) is int and 0 < number < 2**62 else 0
-    who = text_of(run, "actor", "login")
-    return Push("workflow_run", repo, ref, commit, pusher=who, pushed_at=order)
+    commit = needed(COMMIT, text_of(run, "head_sha"), "commit")
+    # The id grows with each new run: the slow check of an old push comes late.
+    return Push("workflow_run", repo, ref, commit, pusher=text_of(run, "actor", "login"),
+                pushed_at=order_of(run, "id"))
 
 
 def read_release(data: Any, repo: str) -> Push | None:
-    """Take a published release; it names a tag and no commit.
-
-    https://docs.github.com/webhooks/webhook-events-and-payloads#release
-    """
+    """Take a published release; it names a tag and no commit."""
     if pick(data, "action") != "published":
         return None
     ref = needed(REF, f"refs/tags/{text_of(data, 'release', 'tag_name')}", "tag")
     return Push("release", repo, ref, "", pusher=text_of(data, "release", "author", "login"))
 
 
-EVENTS: Mapping[str, Callable[[Any, str], Push | None]] = {
-    "push": read_push, "workflow_run": read_workflow_run, "release": read_release}
+EVENTS = {"push": read_push, "workflow_run": read_workflow_run, "release": read_release}
 
 
 def pong(config: Config, repo: str, secret: bytes) -> str:
@@ -735,6 +675,50 @@ def pong(config: Config, repo: str, secret: bytes) -> str:
     names = ", ".join(hook.pattern if repo else hook.section for hook in mine[:20])
     who = f"pong: {repo} has" if repo else "pong:"
     return f"{who} hooks for {names}" if mine else f"{who} no hook"
+
+
+def touches(patterns: Sequence[str], data: Any) -> bool:
+    """Tell whether a push touches one of the patterns; where it cannot be known, it does."""
+    commits = pick(data, "commits")
+    whole = isinstance(commits, list) and 0 < len(commits) < 2048
+    if not whole or pick(data, "created") is True or pick(data, "forced") is True:
+        return True
+    found = [pick(commit, key) for commit in commits for key in ("added", "modified", "removed")]
+    if not all(isinstance(paths, list) for paths in found):
+        return True
+    paths = {path for paths in found for path in paths if isinstance(path, str)}
+    return any(fnmatchcase(path, pattern) for path in paths for pattern in patterns)
+
+
+def decide(config: Config, request: Request, body: Body, secret: bytes) -> Decision:
+    """Judge a delivery signed with `secret`: what to answer, or for which hook to queue what."""
+    fields = request.fields
+    payload, data = read_payload(body, fields["content-type"].lower().startswith(FORM))
+    event, repo = fields.get("x-github-event", ""), ""
+    if not event:
+        raise Refusal(400, "X-GitHub-Event missing")
+    if pick(data, "repository") is not None:  # an organisation's ping has none
+        repo = needed(REPOSITORY, text_of(data, "repository", "full_name"), "repository")
+    hooks = config.hooks_for(repo)
+    own = any(secret in hook.secrets for hook in hooks) if hooks else secret in config.secrets
+    if repo and not own:
+        raise Refusal(403, "the secret is another repository's")
+    if event == "ping":
+        return Decision(200, pong(config, repo, secret))
+    push = EVENTS[event](data, needed(REPOSITORY, repo, "repository")) if event in EVENTS else None
+    if push is None:
+        return Decision(200, f"ignored: nothing to do for this {escape(event[:40])} event")
+    hook = next((hook for hook in hooks if hook.matches(push)), None)
+    if hook is None:
+        return Decision(200, f"ignored: no hook for {push.place}")
+    if secret not in hook.secrets:
+        raise Refusal(403, "the secret is another repository's")
+    push = push._replace(repo=hook.named(repo))
+    if push.deleted and not hook.on_delete:
+        return Decision(200, f"ignored: {push.place} was deleted")
+    if hook.paths and not push.deleted and not touches(hook.paths, data):
+        return Decision(200, f"ignored: {push} changed none of its paths", hook, push)
+    return Decision(202, "", hook, push, payload)
 
 
 def push_json(push: Push) -> bytes:
