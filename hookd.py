@@ -425,6 +425,8 @@ class Ini:
                 self.problem(section, "", "is no hook; write [hookd] or [owner/repo branch]")
             elif words[0].lower() not in used:
                 self.problem(section, "", f"is used by no hook; add one like [{section} main]")
+            elif len(words) == 1 and self.shared[words[0].lower()] != section:
+                self.problem(section, "", "is there twice, in another case; keep one")
         for key, text in self.ini[section].items():
             try:
                 if key not in SECRETS:
