@@ -796,13 +796,6 @@ STATUS = """SELECT repo, ref, hook, directory, r.id AS run, nullif(last_state, '
     FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY repo, ref"""
 
 
-def run_numbers(state: str) -> list[int]:
-    """Return the numbers of the runs that have files."""
-    with contextlib.suppress(FileNotFoundError):
-        return [int(name) for name in os.listdir(os.path.join(state, "runs")) if name.isdigit()]
-    return []
-
-
 class Store:
     """Keep queue and history in one SQLite file; errors are sqlite3.Error, or a ConfigError.
 
@@ -810,35 +803,35 @@ class Store:
     """
 
     def __init__(self, state: str) -> None:
-        self.path = os.path.join(state, "hookd.db")
+        self.state, self.path = state, os.path.join(state, "hookd.db")
         self.db: sqlite3.Connection | None = None
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection, opened and its tables made if need be."""
-        if self.db is None:
-            db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-            try:
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version < SCHEMA_VERSION:
-                    db.executescript(SCHEMA)
-                    # After a database that was moved away, no run gets the number of another.
-                    last = max(run_numbers(os.path.dirname(self.path)), default=0)
-                    if last:
-                        db.execute("INSERT INTO sqlite_sequence VALUES ('runs', ?)", (last,))
-            except sqlite3.DatabaseError as error:
-                db.close()
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                remedy = "move it away, hookd makes a new one"
-                raise ConfigError(f"{self.path}: {error}; {remedy}") from None
+        if self.db:
+            return self.db
+        db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        remedy = "move it away, hookd makes a new one"
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
-                db.close()
-                fault = f"is of a newer hookd (user_version {version})"
-                raise ConfigError(f"{self.path}: {fault}; use that one")
-            self.db, self.stat = db, os.stat(self.path)
-        return self.db
+                remedy = "use that one"
+                raise sqlite3.DatabaseError(f"is of a newer hookd (user_version {version})")
+            if version < SCHEMA_VERSION:
+                db.executescript(SCHEMA)
+                # After a database that was moved away, no run gets the number of another.
+                walk = os.walk(f"{self.state}/runs")
+                last = max((int(n) for _, dirs, _ in walk for n in dirs if n.isdigit()), default=0)
+                db.execute("INSERT INTO sqlite_sequence VALUES ('runs', ?)", (last,))
+        except sqlite3.DatabaseError as error:
+            db.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            raise ConfigError(f"{self.path}: {error}; {remedy}") from None
+        self.db, self.stat = db, os.stat(self.path)
+        return db
 
     def close(self) -> None:
         if self.db:
@@ -890,10 +883,10 @@ class Store:
         """Let the newest waiting run of a target stand for the others; return their numbers."""
         sql = """SELECT id FROM runs INDEXED BY runs_waiting
             WHERE target = ? AND state = 'queued' ORDER BY id"""
-        *waiting, newest = [run for (run,) in self.execute(sql, key).fetchall()] or [0]
-        for old in waiting:
-            self.dismiss(old, "superseded", f"by run {newest}")
-        return waiting
+        waiting = [run for (run,) in self.execute(sql, key)]
+        for old in waiting[:-1]:
+            self.dismiss(old, "superseded", f"by run {waiting[-1]}")
+        return waiting[:-1]
 
     def dismiss(self, run: int, state: str, note: str) -> None:
         """End a run that never began."""
@@ -920,11 +913,9 @@ class Store:
 
     def begin(self, run: int, pid: int = 0) -> bytes:
         """Mark a run as running and return its payload; a foreground run has a pid."""
-        sql = """UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?
-            WHERE id = ?"""
-        self.execute(sql, time.time(), pid, run)
-        row = self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()
-        return bytes(row[0] or b"{}")
+        sql = "UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?"
+        self.execute(f"{sql} WHERE id = ?", time.time(), pid, run)
+        return bytes(self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()[0])
 
     def finish(self, run: int, outcome: Outcome, commit: str, duration: float) -> None:
         """Record how a run ended."""
@@ -939,15 +930,13 @@ class Store:
         self.execute(sql, *outcome, commit, time.time(), duration, outcome.state, run)
 
     def prune(self, key: int, keep: int) -> list[int]:
-        """Forget all but the newest finished runs of a target; return those that had begun."""
-        gone: list[int] = []
+        """Forget all but the newest finished runs of a target, and as many superseded ones."""
+        gone: list[tuple[int]] = []
         for kind in ("= 'superseded'", "NOT IN ('superseded', 'queued', 'running')"):
-            sql = f"""SELECT id FROM runs WHERE target = ? AND state {kind}
-                ORDER BY id DESC LIMIT -1 OFFSET ?"""
-            gone = [run for (run,) in self.execute(sql, key, keep)]
-            for run in gone:
-                self.execute("DELETE FROM runs WHERE id = ?", run)
-        return gone
+            gone += self.execute(f"""SELECT id FROM runs WHERE target = ? AND state {kind}
+                ORDER BY id DESC LIMIT -1 OFFSET ?""", key, keep)
+        self.connect().executemany("DELETE FROM runs WHERE id = ?", gone)
+        return [run for (run,) in gone]
 
     def cut_off(self) -> list[Run]:
         """Return the runs that a stop or a crash cut off, but for a living foreground run."""
