@@ -946,8 +946,8 @@ class Store:
     def requeue(self, run: Run) -> bool:
         """Queue a run that was cut off again; False where it had its second chance."""
         again = run.attempts < 2 and not run.pid
-        end = Outcome("interrupted", 1, "" if again else "cut off twice")
-        self.finish(run.id, end, run.push.commit, 0.0)
+        note = "" if again else "cut off twice"
+        self.finish(run.id, Outcome("interrupted", 1, note), run.push.commit, 0.0)
         sql = "UPDATE runs SET state = ?, attempts = 2 - ? WHERE id = ?"
         self.execute(sql, "queued" if again else "interrupted", again, run.id)
         return again
@@ -1004,9 +1004,9 @@ def lock_file(state: str, name: str) -> str:
 
 def lock_names(hook: Hook, target: Target) -> list[str]:
     """Return what a run must have for itself: its directory, and `lock` where that is set."""
-    lock = fill(hook.lock, target.repo, short_name(target.ref))
-    names = [os.path.realpath(target.directory), *([lock] if lock else [])]
-    return list(dict.fromkeys(names))  # the same twice would wait for itself
+    directory = os.path.realpath(target.directory)
+    lock = fill(hook.lock, target.repo, short_name(target.ref)) or directory
+    return list(dict.fromkeys([directory, lock]))  # the same twice would wait for itself
 
 
 def free_locks(files: list[int]) -> None:
@@ -1034,14 +1034,11 @@ def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | Non
 
 
 class Output:
-    """Keep what a run prints, bounded: its beginning on disk as it comes, its end in memory.
-
-    `echo` gets it as it comes. What is written before `open` is echoed and counted as dropped.
-    """
+    """Keep what a run prints, bounded: its beginning on disk as it comes, its end in memory."""
 
     def __init__(self) -> None:
-        self.file, self.room, self.dropped = -1, OUTPUT_HEAD, 0
-        self.tail, self.recent = bytearray(), b""
+        self.file, self.room = -1, 0  # until `open`
+        self.tail, self.unsaved = bytearray(), 0  # the last of it; how much is not in the file
         self.echo: Callable[[bytes], None] | None = None
 
     def open(self, path: str) -> None:
@@ -1049,29 +1046,28 @@ class Output:
         self.room = max(OUTPUT_HEAD - os.fstat(self.file).st_size, 0)
 
     def write(self, data: bytes) -> None:
-        """Keep a piece of the output, or count it as dropped."""
-        self.recent = (self.recent + data)[-4096:]
+        """Keep a piece of the output: in the file while that has room, else for its end."""
         if self.echo:
             try:
                 self.echo(data)
             except OSError:  # nobody looks on any more; the run goes on
                 self.echo = None
-        self.put(data[: self.room])
-        self.tail += data[self.room :]
-        self.room = max(self.room - len(data), 0)
-        self.dropped += max(len(self.tail) - OUTPUT_TAIL, 0)
+        self.tail += data
         del self.tail[:-OUTPUT_TAIL]
+        saved = self.put(data[: self.room])
+        self.room = self.room - saved if saved == len(data) else 0
+        self.unsaved += len(data) - saved
 
-    def put(self, data: bytes) -> None:
-        """Write to the file; what a full disk does not take is dropped."""
-        self.dropped += len(data)
-        with contextlib.suppress(OSError):
-            self.dropped -= os.write(self.file, data)
+    def put(self, data: Body) -> int:
+        with contextlib.suppress(OSError):  # the disk is full
+            return os.write(self.file, data)
+        return 0
 
     def close(self) -> None:
-        if self.dropped:
-            self.put(b"\n[hookd: %d bytes of output were dropped here]\n" % self.dropped)
-        self.put(bytes(self.tail))
+        dropped = max(self.unsaved - len(self.tail), 0)
+        if dropped:
+            self.put(b"\n[hookd: %d bytes of output were dropped here]\n" % dropped)
+        self.put(self.tail[len(self.tail) + dropped - self.unsaved :])
         with contextlib.suppress(OSError):
             os.close(self.file)
 
@@ -1124,11 +1120,9 @@ def end_survivors(state: str, run: int) -> int:
 
 def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
     """Return what lets git and ssh work without a person: no prompt, one key, known hosts."""
-    known = os.path.join(state, "known_hosts")
-    known = f'"{known}"' if " " in known else known
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new",
            "-o", "ConnectTimeout=30", "-o", "ServerAliveInterval=15",
-           "-o", f"UserKnownHostsFile={known}"]
+           "-o", f'UserKnownHostsFile="{state}/known_hosts"']  # quoted: ssh splits it at spaces
     ssh += ["-o", "IdentitiesOnly=yes", "-i", hook.deploy_key] if hook.deploy_key else []
     return {b"GIT_SSH_COMMAND": os.fsencode(shlex.join(ssh)), b"LC_ALL": b"C",
             b"GIT_HTTP_LOW_SPEED_LIMIT": b"1", b"GIT_HTTP_LOW_SPEED_TIME": b"60"}
@@ -1196,6 +1190,7 @@ class Job:
     def __init__(self, run: Run, hook: Hook, state: str, locks: list[int]) -> None:
         self.run, self.hook, self.state, self.locks = run, hook, state, locks
         self.commit, self.directory = run.push.commit, run.target.directory
+        self.folder = run_file(state, run.id)  # with a slash at its end
         self.payload, self.output = b"{}", Output()
         self.verdict: tuple[str, str] | None = None  # state and why, if it is not to end by itself
 
@@ -1227,10 +1222,10 @@ class Job:
 
     def deploy(self, deadline: float) -> Outcome:
         """Make the directory the newest commit, where git is set, and run the command in it."""
-        os.makedirs(run_file(self.state, self.run.id), 0o700, exist_ok=True)
-        with open(self.file("payload.json"), "wb", opener=private) as file:
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        with open(f"{self.folder}payload.json", "wb", opener=private) as file:
             file.write(self.payload)
-        self.output.open(self.file("output.log"))
+        self.output.open(f"{self.folder}output.log")
         os.makedirs(self.directory, exist_ok=True)
         if self.run.push.deleted:
             return self.outcome(self.script(self.hook.on_delete, deadline))
@@ -1255,7 +1250,7 @@ class Job:
         question = ["config", "--file", f"{git}/config", "remote.origin.url"]
         have = ask_git(question, environ)[1].strip()
         if have != url and (have or inside not in ([], [".git"])):
-            remedy = shlex.join(["git", "-C", directory, "remote", "set-url", "origin", url])
+            remedy = shlex.join(["git", "-C", directory, "config", "remote.origin.url", url])
             fault = f"{directory} is a clone of {have or 'nothing'}, not of {url}"
             return Outcome("failed", 1, f"{fault}; if it may become one: {remedy}")
         break_locks(git)
@@ -1263,12 +1258,12 @@ class Job:
             # A gc that detaches would leave the run's process group and work on without its lock.
             command = ["git", "-c", "gc.autoDetach=false", *step]
             code = self.child(command, environ, directory, deadline)
-            if code and step[0] == "checkout" and b"index file" in self.output.recent:
+            if code and step[0] == "checkout" and b"index file" in self.output.tail:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{git}/index")  # cut short by a crash: git makes it anew
                 code = self.child(command, environ, directory, deadline)
             if code or self.verdict:
-                words = self.output.recent.decode("utf-8", "replace")
+                words = self.output.tail.decode("utf-8", "replace")
                 return self.outcome(code or 1, advice(words) or f"git {step[0]} failed")
         code, head, errors = ask_git(["rev-parse", "HEAD"], environ, directory)
         self.commit = head.strip() or self.commit
@@ -1278,7 +1273,7 @@ class Job:
         """Run on_success or on_failure; if that fails it is told and changes nothing."""
         name = "on_success" if outcome.state == "ok" else "on_failure"
         facts = {"STATE": outcome.state, "EXIT": outcome.exit, "DURATION": round(duration),
-                 "LOG": self.file("output.log"), "PREVIOUS_STATE": self.run.last_state}
+                 "LOG": f"{self.folder}output.log", "PREVIOUS_STATE": self.run.last_state}
         self.verdict, deadline = None, time.monotonic() + self.hook.timeout
         try:
             code = self.script(getattr(self.hook, name), deadline, facts)
@@ -1295,9 +1290,6 @@ class Job:
         arguments = ["/bin/sh", "-e", "-c", text, "sh"]
         return self.child(arguments, self.environment(facts or {}), cwd, deadline) if text else 0
 
-    def file(self, name: str) -> str:
-        return run_file(self.state, self.run.id, name)
-
     def environment(self, facts: Mapping[str, Any]) -> dict[bytes, bytes]:
         """Return what a child finds: hookd's own without private names, the hook's, HOOKD_*."""
         run, push, branch = self.run, self.run.push, short_name(self.run.push.ref)
@@ -1305,7 +1297,7 @@ class Job:
             "EVENT": push.event, "REPO": push.repo, "REF": push.ref, "BRANCH": branch,
             "SLUG": slug(branch), "COMMIT": self.commit, "BEFORE": push.before, "RUN": run.id,
             "PUSHER": push.pusher, "DELIVERY": run.delivery, "LAST_GOOD": run.last_good,
-            "PAYLOAD": self.file("payload.json"), **facts}
+            "PAYLOAD": f"{self.folder}payload.json", **facts}
         own = {f"HOOKD_{name}".encode(): variable(str(fact)) for name, fact in facts.items()}
         return base_environment(self.hook) | own
 
@@ -2172,7 +2164,7 @@ def report(job: Job, outcome: Outcome, duration: float) -> None:
     log.log(level, "run %d %s%s: %s exit=%d seconds=%.1f delivery=%s", run.id, outcome.state, note,
             run.push, outcome.exit, duration, run.delivery)
     if outcome.state in ("failed", "timeout"):
-        for line in job.output.recent.decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
+        for line in job.output.tail[-4096:].decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
             log.warning("run %d said: %s", run.id, line)
 
 
