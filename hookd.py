@@ -940,16 +940,17 @@ class Store:
 
     def cut_off(self) -> list[Run]:
         """Return the runs that a stop or a crash cut off, but for a living foreground run."""
-        cut = self.runs("WHERE r.state = 'running' OR r.state = 'interrupted' AND r.attempts = 1")
+        cut = self.runs("""WHERE r.state = 'running'
+            OR r.state = 'interrupted' AND r.attempts = 1 AND r.pid = 0""")
         return [run for run in cut if not (run.pid and os.path.exists(f"/proc/{run.pid}"))]
 
     def requeue(self, run: Run) -> bool:
-        """Queue a run that was cut off again; False where it had its second chance."""
-        again = run.attempts < 2 and not run.pid
-        note = "" if again else "cut off twice"
+        """Queue a run that was cut off again; False for its second time, or a foreground run."""
+        note = "cut off twice" if run.attempts > 1 else ""
         self.finish(run.id, Outcome("interrupted", 1, note), run.push.commit, 0.0)
-        sql = "UPDATE runs SET state = ?, attempts = 2 - ? WHERE id = ?"
-        self.execute(sql, "queued" if again else "interrupted", again, run.id)
+        again = not (note or run.pid)
+        if again:
+            self.execute("UPDATE runs SET state = 'queued' WHERE id = ?", run.id)
         return again
 
 
@@ -1024,7 +1025,7 @@ def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | Non
             files.append(private(lock_file(state, name), os.O_RDWR | os.O_CREAT))
             fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(OSError):  # it is for people; on a full disk they do without
-                os.ftruncate(files[-1], os.write(files[-1], f"{holder} {name}\n".encode()))
+                os.ftruncate(files[-1], os.write(files[-1], os.fsencode(f"{holder} {name}\n")))
     except OSError as error:
         free_locks(files)
         if isinstance(error, BlockingIOError):
@@ -1191,7 +1192,7 @@ class Job:
         self.run, self.hook, self.state, self.locks = run, hook, state, locks
         self.commit, self.directory = run.push.commit, run.target.directory
         self.folder = run_file(state, run.id)  # with a slash at its end
-        self.payload, self.output = b"{}", Output()
+        self.payload, self.output = b"", Output()
         self.verdict: tuple[str, str] | None = None  # state and why, if it is not to end by itself
 
     def end(self, state: str, why: str) -> None:
@@ -1239,7 +1240,7 @@ class Job:
         that branches like `a` and `a/b` can share a working copy.
         """
         directory, url = self.directory, fill(self.hook.git, self.run.push.repo, "")
-        environ = self.environment({}) | git_environment(self.hook, self.state)
+        environ = self.environment() | git_environment(self.hook, self.state)
         # A repository that is no more must not have git find the one around it.
         above = os.path.dirname(os.path.realpath(directory))
         environ[b"GIT_CEILING_DIRECTORIES"] = os.fsencode(above)
@@ -1272,11 +1273,12 @@ class Job:
     def afterwards(self, outcome: Outcome, duration: float) -> None:
         """Run on_success or on_failure; if that fails it is told and changes nothing."""
         name = "on_success" if outcome.state == "ok" else "on_failure"
-        facts = {"STATE": outcome.state, "EXIT": outcome.exit, "DURATION": round(duration),
-                 "LOG": f"{self.folder}output.log", "PREVIOUS_STATE": self.run.last_state}
         self.verdict, deadline = None, time.monotonic() + self.hook.timeout
         try:
-            code = self.script(getattr(self.hook, name), deadline, facts)
+            code = self.script(
+                getattr(self.hook, name), deadline, STATE=outcome.state, EXIT=outcome.exit,
+                DURATION=round(duration), LOG=f"{self.folder}output.log",
+                PREVIOUS_STATE=self.run.last_state)
             failure = self.outcome(code, f"exit {code}" if code else "").note
         except OSError as error:
             failure = str(error)
@@ -1284,13 +1286,13 @@ class Job:
             self.say(f"{name} failed: {failure}")
             log.warning("%s of run %d failed: %s: %s", name, self.run.id, failure, self.run.push)
 
-    def script(self, text: str, deadline: float, facts: Mapping[str, Any] | None = None) -> int:
+    def script(self, text: str, deadline: float, **facts: Any) -> int:
         """Run a script of the hook, if there is one; return its exit status."""
         cwd = self.directory if os.path.isdir(self.directory) else "/"  # on_delete removed it
         arguments = ["/bin/sh", "-e", "-c", text, "sh"]
-        return self.child(arguments, self.environment(facts or {}), cwd, deadline) if text else 0
+        return self.child(arguments, self.environment(**facts), cwd, deadline) if text else 0
 
-    def environment(self, facts: Mapping[str, Any]) -> dict[bytes, bytes]:
+    def environment(self, **facts: Any) -> dict[bytes, bytes]:
         """Return what a child finds: hookd's own without private names, the hook's, HOOKD_*."""
         run, push, branch = self.run, self.run.push, short_name(self.run.push.ref)
         facts = {
