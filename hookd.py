@@ -1129,11 +1129,10 @@ def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
             b"GIT_HTTP_LOW_SPEED_LIMIT": b"1", b"GIT_HTTP_LOW_SPEED_TIME": b"60"}
 
 
-def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str = "/",
-            ) -> tuple[int, str, str]:
+def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes]) -> tuple[int, str, str]:
     """Return exit status, output and errors of a git command that only asks."""
     child = subprocess.Popen(
-        ["git", *arguments], cwd=cwd, env=environ, stdin=subprocess.DEVNULL, encoding="utf-8",
+        ["git", *arguments], cwd="/", env=environ, stdin=subprocess.DEVNULL, encoding="utf-8",
         errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         output, errors = child.communicate(timeout=GIT_SECONDS)
@@ -1207,9 +1206,10 @@ class Job:
     def perform(self) -> Outcome:
         """Do all that the hook says; an error of the system is an Outcome too."""
         began = time.monotonic()
+        self.deadline = began + self.hook.timeout
         with contextlib.closing(self.output):
             try:
-                outcome = self.deploy(began + self.hook.timeout)
+                outcome = self.deploy()
             except OSError as error:
                 outcome = Outcome("failed", 1, advice(str(error)) or str(error))
             if outcome.note:
@@ -1221,7 +1221,7 @@ class Job:
     def say(self, text: str) -> None:
         self.output.write(f"hookd: {text}\n".encode())
 
-    def deploy(self, deadline: float) -> Outcome:
+    def deploy(self) -> Outcome:
         """Make the directory the newest commit, where git is set, and run the command in it."""
         os.makedirs(self.folder, 0o700, exist_ok=True)
         with open(f"{self.folder}payload.json", "wb", opener=private) as file:
@@ -1229,11 +1229,11 @@ class Job:
         self.output.open(f"{self.folder}output.log")
         os.makedirs(self.directory, exist_ok=True)
         if self.run.push.deleted:
-            return self.outcome(self.script(self.hook.on_delete, deadline))
-        failure = self.check_out(deadline) if self.hook.git else None
-        return failure or self.outcome(self.script(self.hook.command, deadline))
+            return self.outcome(self.script(self.hook.on_delete))
+        failure = self.check_out() if self.hook.git else None
+        return failure or self.outcome(self.script(self.hook.command))
 
-    def check_out(self, deadline: float) -> Outcome | None:
+    def check_out(self) -> Outcome | None:
         """Make the directory the newest commit of the run's ref; None when done, else the failure.
 
         Tracked files become the commit's; untracked and ignored ones stay. HEAD is detached, so
@@ -1258,25 +1258,25 @@ class Job:
         for step in git_steps(directory, self.run.push.ref, "" if have else url):
             # A gc that detaches would leave the run's process group and work on without its lock.
             command = ["git", "-c", "gc.autoDetach=false", *step]
-            code = self.child(command, environ, directory, deadline)
+            code = self.child(command, environ, directory)
             if code and step[0] == "checkout" and b"index file" in self.output.tail:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(f"{git}/index")  # cut short by a crash: git makes it anew
-                code = self.child(command, environ, directory, deadline)
+                code = self.child(command, environ, directory)
             if code or self.verdict:
                 words = self.output.tail.decode("utf-8", "replace")
                 return self.outcome(code or 1, advice(words) or f"git {step[0]} failed")
-        code, head, errors = ask_git(["rev-parse", "HEAD"], environ, directory)
+        code, head, errors = ask_git(["-C", directory, "rev-parse", "HEAD"], environ)
         self.commit = head.strip() or self.commit
         return Outcome("failed", code, advice(errors) or "git rev-parse failed") if code else None
 
     def afterwards(self, outcome: Outcome, duration: float) -> None:
         """Run on_success or on_failure; if that fails it is told and changes nothing."""
         name = "on_success" if outcome.state == "ok" else "on_failure"
-        self.verdict, deadline = None, time.monotonic() + self.hook.timeout
+        self.verdict, self.deadline = None, time.monotonic() + self.hook.timeout
         try:
             code = self.script(
-                getattr(self.hook, name), deadline, STATE=outcome.state, EXIT=outcome.exit,
+                getattr(self.hook, name), STATE=outcome.state, EXIT=outcome.exit,
                 DURATION=round(duration), LOG=f"{self.folder}output.log",
                 PREVIOUS_STATE=self.run.last_state)
             failure = self.outcome(code, f"exit {code}" if code else "").note
@@ -1286,11 +1286,11 @@ class Job:
             self.say(f"{name} failed: {failure}")
             log.warning("%s of run %d failed: %s: %s", name, self.run.id, failure, self.run.push)
 
-    def script(self, text: str, deadline: float, **facts: Any) -> int:
+    def script(self, text: str, **facts: Any) -> int:
         """Run a script of the hook, if there is one; return its exit status."""
         cwd = self.directory if os.path.isdir(self.directory) else "/"  # on_delete removed it
         arguments = ["/bin/sh", "-e", "-c", text, "sh"]
-        return self.child(arguments, self.environment(**facts), cwd, deadline) if text else 0
+        return self.child(arguments, self.environment(**facts), cwd) if text else 0
 
     def environment(self, **facts: Any) -> dict[bytes, bytes]:
         """Return what a child finds: hookd's own without private names, the hook's, HOOKD_*."""
@@ -1303,15 +1303,14 @@ class Job:
         own = {f"HOOKD_{name}".encode(): variable(str(fact)) for name, fact in facts.items()}
         return base_environment(self.hook) | own
 
-    def child(self, arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str,
-              deadline: float) -> int:
+    def child(self, arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str) -> int:
         """Run a child to its end, or to the run's; return its exit status, 128+N after signal N."""
         child = subprocess.Popen(
             arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks)
         with child:
             try:
-                self.follow(child, child.stdout.fileno(), deadline)  # type: ignore[union-attr]
+                self.follow(child, child.stdout.fileno())  # type: ignore[union-attr]
             finally:
                 if child.returncode is None:
                     signal_group(child.pid, signal.SIGKILL)
@@ -1319,7 +1318,7 @@ class Job:
             self.say("ended the processes that the script left behind in its process group")
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
-    def follow(self, child: subprocess.Popen[bytes], pipe: int, deadline: float) -> None:
+    def follow(self, child: subprocess.Popen[bytes], pipe: int) -> None:
         """Copy the pipe until the child is gone, ending its group when it is time to."""
         poll, kill_at = select.poll(), 0.0
         poll.register(pipe, select.POLLIN)
@@ -1331,7 +1330,7 @@ class Job:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         child.wait(0.25)
             now = time.monotonic()
-            if now >= deadline:
+            if now >= self.deadline:
                 self.end("timeout", f"took longer than {self.hook.timeout:g}s")
             if self.verdict and now >= kill_at:
                 signal_group(child.pid, signal.SIGKILL if kill_at else signal.SIGTERM)
