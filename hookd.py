@@ -782,13 +782,6 @@ STATUS = """SELECT repo, ref, hook, directory, r.id AS run, nullif(last_state, '
     FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY repo, ref"""
 
 
-def run_numbers(state: str) -> list[int]:
-    """Return the numbers of the runs that have files."""
-    with contextlib.suppress(FileNotFoundError):
-        return [int(name) for name in os.listdir(os.path.join(state, "runs")) if name.isdigit()]
-    return []
-
-
 class Store:
     """Keep queue and history in one SQLite file; errors are sqlite3.Error, or a ConfigError.
 
@@ -796,35 +789,35 @@ class Store:
     """
 
     def __init__(self, state: str) -> None:
-        self.path = os.path.join(state, "hookd.db")
+        self.state, self.path = state, os.path.join(state, "hookd.db")
         self.db: sqlite3.Connection | None = None
 
     def connect(self) -> sqlite3.Connection:
         """Return the connection, opened and its tables made if need be."""
-        if self.db is None:
-            db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-            try:
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version < SCHEMA_VERSION:
-                    db.executescript(SCHEMA)
-                    # After a database that was moved away, no run gets the number of another.
-                    last = max(run_numbers(os.path.dirname(self.path)), default=0)
-                    if last:
-                        db.execute("INSERT INTO sqlite_sequence VALUES ('runs', ?)", (last,))
-            except sqlite3.DatabaseError as error:
-                db.close()
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                remedy = "move it away, hookd makes a new one"
-                raise ConfigError(f"{self.path}: {error}; {remedy}") from None
+        if self.db:
+            return self.db
+        db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+        remedy = "move it away, hookd makes a new one"
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
-                db.close()
-                fault = f"is of a newer hookd (user_version {version})"
-                raise ConfigError(f"{self.path}: {fault}; use that one")
-            self.db, self.stat = db, os.stat(self.path)
-        return self.db
+                remedy = "use that one"
+                raise sqlite3.DatabaseError(f"is of a newer hookd (user_version {version})")
+            if version < SCHEMA_VERSION:
+                db.executescript(SCHEMA)
+                # After a database that was moved away, no run gets the number of another.
+                walk = os.walk(f"{self.state}/runs")
+                last = max((int(n) for _, dirs, _ in walk for n in dirs if n.isdigit()), default=0)
+                db.execute("INSERT INTO sqlite_sequence VALUES ('runs', ?)", (last,))
+        except sqlite3.DatabaseError as error:
+            db.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            raise ConfigError(f"{self.path}: {error}; {remedy}") from None
+        self.db, self.stat = db, os.stat(self.path)
+        return db
 
     def close(self) -> None:
         if self.db:
@@ -876,10 +869,10 @@ class Store:
         """Let the newest waiting run of a target stand for the others; return their numbers."""
         sql = """SELECT id FROM runs INDEXED BY runs_waiting
             WHERE target = ? AND state = 'queued' ORDER BY id"""
-        *waiting, newest = [run for (run,) in self.execute(sql, key).fetchall()] or [0]
-        for old in waiting:
-            self.dismiss(old, "superseded", f"by run {newest}")
-        return waiting
+        waiting = [run for (run,) in self.execute(sql, key)]
+        for old in waiting[:-1]:
+            self.dismiss(old, "superseded", f"by run {waiting[-1]}")
+        return waiting[:-1]
 
     def dismiss(self, run: int, state: str, note: str) -> None:
         """End a run that never began."""
@@ -913,11 +906,9 @@ class Store:
 
     def begin(self, run: int, pid: int = 0) -> bytes:
         """Mark a run as running and return its payload; a foreground run has a pid."""
-        sql = """UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?
-            WHERE id = ?"""
-        self.execute(sql, time.time(), pid, run)
-        row = self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()
-        return bytes(row[0] or b"{}")
+        sql = "UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?"
+        self.execute(f"{sql} WHERE id = ?", time.time(), pid, run)
+        return bytes(self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()[0])
 
     def finish(self, run: int, outcome: Outcome, commit: str, duration: float) -> None:
         """Record how a run ended."""
@@ -932,28 +923,27 @@ class Store:
         self.execute(sql, *outcome, commit, time.time(), duration, outcome.state, run)
 
     def prune(self, key: int, keep: int) -> list[int]:
-        """Forget all but the newest finished runs of a target; return those that had begun."""
-        gone: list[int] = []
+        """Forget all but the newest finished runs of a target, and as many superseded ones."""
+        gone: list[tuple[int]] = []
         for kind in ("= 'superseded'", "NOT IN ('superseded', 'queued', 'running')"):
-            sql = f"""SELECT id FROM runs WHERE target = ? AND state {kind}
-                ORDER BY id DESC LIMIT -1 OFFSET ?"""
-            gone = [run for (run,) in self.execute(sql, key, keep)]
-            for run in gone:
-                self.execute("DELETE FROM runs WHERE id = ?", run)
-        return gone
+            gone += self.execute(f"""SELECT id FROM runs WHERE target = ? AND state {kind}
+                ORDER BY id DESC LIMIT -1 OFFSET ?""", key, keep)
+        self.connect().executemany("DELETE FROM runs WHERE id = ?", gone)
+        return [run for (run,) in gone]
 
     def cut_off(self) -> list[Run]:
         """Return the runs that a stop or a crash cut off, but for a living foreground run."""
-        cut = self.runs("WHERE r.state = 'running' OR r.state = 'interrupted' AND r.attempts = 1")
+        cut = self.runs("""WHERE r.state = 'running'
+            OR r.state = 'interrupted' AND r.attempts = 1 AND r.pid = 0""")
         return [run for run in cut if not (run.pid and os.path.exists(f"/proc/{run.pid}"))]
 
     def requeue(self, run: Run) -> bool:
-        """Queue a run that was cut off again; False where it had its second chance."""
-        again = run.attempts < 2 and not run.pid
-        end = Outcome("interrupted", 1, "" if again else "cut off twice")
-        self.finish(run.id, end, run.push.commit, 0.0)
-        sql = "UPDATE runs SET state = ?, attempts = 2 - ? WHERE id = ?"
-        self.execute(sql, "queued" if again else "interrupted", again, run.id)
+        """Queue a run that was cut off again; False for its second time, or a foreground run."""
+        note = "cut off twice" if run.attempts > 1 else ""
+        self.finish(run.id, Outcome("interrupted", 1, note), run.push.commit, 0.0)
+        again = not (note or run.pid)
+        if again:
+            self.execute("UPDATE runs SET state = 'queued' WHERE id = ?", run.id)
         return again
 
 
@@ -993,28 +983,12 @@ ADVICE = {
 }
 
 
-def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | None:
-    """Return descriptors that hold all these locks, None while somebody has one; never waits."""
-    files: list[int] = []
-    for name in names:
-        try:
-            os.makedirs(os.path.join(state, "locks"), 0o700, exist_ok=True)
-            files.append(os.open(lock_file(state, name), os.O_RDWR | os.O_CREAT, 0o600))
-            fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            free_locks(files)
-            if isinstance(error, BlockingIOError):
-                return None
-            raise
-        with contextlib.suppress(OSError):  # it is for people; on a full disk they do without
-            os.ftruncate(files[-1], os.write(files[-1], f"{holder} {name}\n".encode()))
-    return files
+def run_file(state: str, run: int, name: str = "") -> str:
+    return os.path.join(state, "runs", str(run), name)
 
 
-def free_locks(files: list[int]) -> None:
-    for file in files:
-        fcntl.flock(file, fcntl.LOCK_UN)  # for the children that hold it, too
-        os.close(file)
+def private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def lock_file(state: str, name: str) -> str:
@@ -1024,184 +998,72 @@ def lock_file(state: str, name: str) -> str:
 
 def lock_names(hook: Hook, target: Target) -> list[str]:
     """Return what a run must have for itself: its directory, and `lock` where that is set."""
-    lock = fill(hook.lock, target.repo, short_name(target.ref))
-    names = [os.path.realpath(target.directory), *([lock] if lock else [])]
-    return list(dict.fromkeys(names))  # the same twice would wait for itself
+    directory = os.path.realpath(target.directory)
+    lock = fill(hook.lock, target.repo, short_name(target.ref)) or directory
+    return list(dict.fromkeys([directory, lock]))  # the same twice would wait for itself
 
 
-def run_file(state: str, run: int, name: str = "") -> str:
-    return os.path.join(state, "runs", str(run), name)
+def free_locks(files: list[int]) -> None:
+    for file in files:
+        fcntl.flock(file, fcntl.LOCK_UN)  # for the children that hold it, too
+        os.close(file)
 
 
-def private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | None:
+    """Return descriptors that hold all these locks, None while somebody has one; never waits."""
+    files: list[int] = []
+    try:
+        for name in names:
+            os.makedirs(os.path.join(state, "locks"), 0o700, exist_ok=True)
+            files.append(private(lock_file(state, name), os.O_RDWR | os.O_CREAT))
+            fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):  # it is for people; on a full disk they do without
+                os.ftruncate(files[-1], os.write(files[-1], os.fsencode(f"{holder} {name}\n")))
+    except OSError as error:
+        free_locks(files)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return files
 
 
 class Output:
     """Keep what a run prints, bounded: its beginning on disk as it comes, its end in memory."""
 
-    def __init__(self, path: str, echo: Callable[[bytes], None] | None) -> None:
-        self.file, self.echo = private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), echo
+    def __init__(self) -> None:
+        self.file, self.room = -1, 0  # until `open`
+        self.tail, self.unsaved = bytearray(), 0  # the last of it; how much is not in the file
+        self.echo: Callable[[bytes], None] | None = None
+
+    def open(self, path: str) -> None:
+        self.file = private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.room = max(OUTPUT_HEAD - os.fstat(self.file).st_size, 0)
-        self.tail, self.dropped, self.recent = bytearray(), 0, b""
 
     def write(self, data: bytes) -> None:
-        """Keep a piece of the output, or count it as dropped."""
-        self.recent = (self.recent + data)[-4096:]
+        """Keep a piece of the output: in the file while that has room, else for its end."""
         if self.echo:
             try:
                 self.echo(data)
             except OSError:  # nobody looks on any more; the run goes on
                 self.echo = None
-        self.put(data[: self.room])
-        self.tail += data[self.room :]
-        self.room = max(self.room - len(data), 0)
-        excess = max(len(self.tail) - OUTPUT_TAIL, 0)
-        del self.tail[:excess]
-        self.dropped += excess
+        self.tail += data
+        del self.tail[:-OUTPUT_TAIL]
+        saved = self.put(data[: self.room])
+        self.room = self.room - saved if saved == len(data) else 0
+        self.unsaved += len(data) - saved
 
-    def put(self, data: bytes) -> None:
-        """Write to the file; what a full disk does not take is dropped."""
-        self.dropped += len(data)
-        with contextlib.suppress(OSError):
-            self.dropped -= os.write(self.file, data)
+    def put(self, data: Body) -> int:
+        with contextlib.suppress(OSError):  # the disk is full
+            return os.write(self.file, data)
+        return 0
 
     def close(self) -> None:
-        if self.dropped:
-            self.put(b"\n[hookd: %d bytes of output were dropped here]\n" % self.dropped)
-        self.put(bytes(self.tail))
-        os.close(self.file)
-
-
-class Job:
-    """Carry out one run under its locks; `perform` is called once, `end` from any thread.
-
-    `echo` gets the output as it comes. What is left in `commit` is what was deployed.
-    """
-
-    def __init__(self, run: Run, hook: Hook, state: str, locks: list[int]) -> None:
-        self.run, self.hook, self.state, self.locks = run, hook, state, locks
-        self.commit, self.directory = run.push.commit, run.target.directory
-        self.payload, self.recent = b"{}", b""  # the JSON; the last of the output
-        self.verdict = self.why = ""  # how the run is to end, where it does not by itself
-        self.echo: Callable[[bytes], None] | None = None
-
-    def end(self, state: str, why: str = "") -> None:
-        """Have the run end in `state`: its process group is ended within GRACE_SECONDS."""
-        if not self.verdict:
-            self.verdict, self.why = state, why
-
-    def perform(self) -> Outcome:
-        """Do all that the hook says; an error of the system is an Outcome too."""
-        files = [run_file(self.state, self.run.id, n) for n in ("", "payload.json", "output.log")]
-        began = time.monotonic()
-        try:
-            os.makedirs(files[0], 0o700, exist_ok=True)
-            with open(files[1], "wb", opener=private) as file:
-                file.write(self.payload)
-            self.output = Output(files[2], self.echo)
-        except OSError as error:
-            return Outcome("failed", 1, str(error))
-        try:
-            outcome = self.deploy(began + self.hook.timeout)
-            if outcome.note:
-                self.say(f"{outcome.state}: {outcome.note}")
-            if outcome.state in ("ok", "failed", "timeout"):
-                self.afterwards(outcome, time.monotonic() - began)
-        finally:
-            self.recent = self.output.recent
-            self.output.close()
-        return outcome
-
-    def say(self, text: str) -> None:
-        self.output.write(f"hookd: {text}\n".encode())
-
-    def deploy(self, deadline: float) -> Outcome:
-        """Make the directory the newest commit, where git is set, and run the command in it."""
-        deleted = self.run.push.deleted
-        script = self.hook.on_delete if deleted else self.hook.command
-        try:
-            os.makedirs(self.directory, exist_ok=True)
-            trouble = check_out(self, deadline) if self.hook.git and not deleted else None
-            return trouble or self.outcome(self.script(script, deadline) if script else 0)
-        except OSError as error:
-            return Outcome("failed", 1, advice(str(error)) or str(error))
-
-    def outcome(self, code: int, note: str = "") -> Outcome:
-        """Name the end of a run whose last child exited with `code`."""
-        if self.verdict == "timeout":
-            return Outcome("timeout", 124, f"took longer than {self.hook.timeout:g}s")
-        return Outcome(self.verdict or ("failed" if code else "ok"), code, self.why or note)
-
-    def afterwards(self, outcome: Outcome, duration: float) -> None:
-        """Run on_success or on_failure; if that fails it is told and changes nothing."""
-        name = "on_success" if outcome.state == "ok" else "on_failure"
-        facts = {"STATE": outcome.state, "EXIT": outcome.exit, "DURATION": round(duration),
-                 "LOG": run_file(self.state, self.run.id, "output.log"),
-                 "PREVIOUS_STATE": self.run.last_state}
-        self.verdict = ""
-        try:
-            script, deadline = getattr(self.hook, name), time.monotonic() + self.hook.timeout
-            code = self.script(script, deadline, facts) if script else 0
-            failure = self.verdict or (f"exit {code}" if code else "")
-        except OSError as error:
-            failure = str(error)
-        if failure:
-            self.say(f"{name} failed: {failure}")
-            log.warning("%s of run %d failed: %s: %s", name, self.run.id, failure, self.run.push)
-
-    def script(self, text: str, deadline: float, facts: Mapping[str, Any] | None = None) -> int:
-        cwd = self.directory if os.path.isdir(self.directory) else "/"  # on_delete removed it
-        arguments = ["/bin/sh", "-e", "-c", text, "sh"]
-        return self.child(arguments, self.environment(facts or {}), cwd, deadline)
-
-    def environment(self, facts: Mapping[str, Any]) -> dict[bytes, bytes]:
-        """Return what a child finds: hookd's own without private names, the hook's, HOOKD_*."""
-        run, push, branch = self.run, self.run.push, short_name(self.run.push.ref)
-        facts = {
-            "EVENT": push.event, "REPO": push.repo, "REF": push.ref, "BRANCH": branch,
-            "SLUG": slug(branch), "COMMIT": self.commit, "BEFORE": push.before, "RUN": run.id,
-            "PUSHER": push.pusher, "DELIVERY": run.delivery, "LAST_GOOD": run.last_good,
-            "PAYLOAD": run_file(self.state, run.id, "payload.json"), **facts}
-        own = {f"HOOKD_{name}".encode(): variable(str(fact)) for name, fact in facts.items()}
-        return base_environment(self.hook) | own
-
-    def child(self, arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str,
-              deadline: float) -> int:
-        """Run a child to its end, or to the run's; return its exit status, 128+N after signal N."""
-        child = subprocess.Popen(
-            arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks)
-        with child:
-            try:
-                self.follow(child, child.stdout.fileno(), deadline)  # type: ignore[union-attr]
-            finally:
-                if child.returncode is None:
-                    signal_group(child.pid, signal.SIGKILL)
-        if end_group(child.pid, 0.25) and not self.verdict and arguments[0] != "git":
-            self.say("ended the processes that the script left behind in its process group")
-        return child.returncode if child.returncode >= 0 else 128 - child.returncode
-
-    def follow(self, child: subprocess.Popen[bytes], pipe: int, deadline: float) -> None:
-        """Copy the pipe until the child is gone, ending its group when it is time to."""
-        poll, is_open, kill_at = select.poll(), True, 0.0
-        poll.register(pipe, select.POLLIN)
-        while child.poll() is None:
-            if is_open and poll.poll(250):
-                data = os.read(pipe, CHUNK)
-                is_open = bool(data)
-                self.output.write(data)
-            elif not is_open:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(0.25)
-            now = time.monotonic()
-            if now >= deadline:
-                self.end("timeout")
-            if self.verdict and now >= kill_at:
-                signal_group(child.pid, signal.SIGKILL if kill_at else signal.SIGTERM)
-                kill_at = now + GRACE_SECONDS
-        if is_open and poll.poll(0):  # its last words; a background child's would never end
-            self.output.write(os.read(pipe, CHUNK))
+        dropped = max(self.unsaved - len(self.tail), 0)
+        if dropped:
+            self.put(b"\n[hookd: %d bytes of output were dropped here]\n" % dropped)
+        self.put(self.tail[len(self.tail) + dropped - self.unsaved :])
+        with contextlib.suppress(OSError):
+            os.close(self.file)
 
 
 def variable(text: str) -> bytes:
@@ -1237,104 +1099,46 @@ def end_group(group: int, patience: float = 0.0) -> bool:
 
 def end_survivors(state: str, run: int) -> int:
     """End whatever still carries a run's environment after a crash; return how many groups."""
+    import glob
     mark = b"HOOKD_PAYLOAD=" + os.fsencode(run_file(state, run, "payload.json"))
     groups = set()
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        with contextlib.suppress(OSError, ValueError):
-            group = os.getpgid(int(name))
-            with open(f"/proc/{name}/environ", "rb") as file:
-                groups |= {group} if mark in file.read().split(b"\0") else set()
+    for path in glob.glob("/proc/[0-9]*/environ"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if mark in file.read().split(b"\0"):
+                groups.add(os.getpgid(int(path.split("/")[2])))
     groups.discard(os.getpgrp())  # a run may have started this hookd
     for group in groups:
         end_group(group)
     return len(groups)
 
 
-def check_out(job: Job, deadline: float) -> Outcome | None:
-    """Make a run's directory the newest commit of its ref; None when done, else the failure.
-
-    Tracked files become the commit's; untracked and ignored ones stay. HEAD is detached, so that
-    branches like `a` and `a/b` can share a working copy.
-    """
-    directory, url = job.directory, fill(job.hook.git, job.run.push.repo, "")
-    environ = job.environment({}) | git_environment(job.hook, job.state)
-    # A repository that is no more must not have git find the one around it.
-    above = os.path.dirname(os.path.realpath(directory))
-    environ[b"GIT_CEILING_DIRECTORIES"] = os.fsencode(above)
-    inside, git = os.listdir(directory), os.path.join(directory, ".git")
-    if inside and ".git" not in inside:
-        remedy = "empty it, or set another directory"
-        return Outcome("failed", 1, f"{directory} is not empty and no git repository; {remedy}")
-    have = ask_git(["config", "--file", f"{git}/config", "remote.origin.url"], environ)[1].strip()
-    if have != url and (have or inside not in ([], [".git"])):
-        remedy = shlex.join(["git", "-C", directory, "remote", "set-url", "origin", url])
-        fault = f"{directory} is a clone of {have or 'nothing'}, not of {url}"
-        return Outcome("failed", 1, f"{fault}; if it may become one: {remedy}")
-    break_locks(git)
-    steps = [["init", "-q"]]  # makes what is missing, and nothing else
-    steps += [] if have else [["config", "remote.origin.url", url]]
-    steps += [["fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no", "origin",
-               job.run.push.ref], ["checkout", "-q", "--force", "--detach", "FETCH_HEAD"]]
-    healed = False
-    while steps:
-        step = steps.pop(0)
-        # A gc that detaches would leave the run's process group and work on without its lock.
-        code = job.child(["git", "-c", "gc.autoDetach=false", *step], environ, directory, deadline)
-        if code and b"index file" in job.output.recent and not healed and not job.verdict:
-            healed = True
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{git}/index")  # cut short by a crash: git makes it anew
-            steps.insert(0, step)
-        elif code or job.verdict:
-            words = job.output.recent.decode("utf-8", "replace")
-            return job.outcome(code or 1, advice(words) or f"git {step[0]} failed")
-        elif step[0] == "checkout" and os.path.exists(os.path.join(directory, ".gitmodules")):
-            steps += [["submodule", "-q", "sync", "--recursive"],
-                      ["submodule", "-q", "update", "--init", "--recursive", "--force"]]
-    code, head, errors = ask_git(["rev-parse", "HEAD"], environ, directory)
-    job.commit = head.strip() or job.commit
-    return Outcome("failed", code, advice(errors) or "git rev-parse failed") if code else None
-
-
 def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
     """Return what lets git and ssh work without a person: no prompt, one key, known hosts."""
-    known = os.path.join(state, "known_hosts")
-    known = f'"{known}"' if " " in known else known
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new",
            "-o", "ConnectTimeout=30", "-o", "ServerAliveInterval=15",
-           "-o", f"UserKnownHostsFile={known}"]
+           "-o", f'UserKnownHostsFile="{state}/known_hosts"']  # quoted: ssh splits it at spaces
     ssh += ["-o", "IdentitiesOnly=yes", "-i", hook.deploy_key] if hook.deploy_key else []
     return {b"GIT_SSH_COMMAND": os.fsencode(shlex.join(ssh)), b"LC_ALL": b"C",
             b"GIT_HTTP_LOW_SPEED_LIMIT": b"1", b"GIT_HTTP_LOW_SPEED_TIME": b"60"}
 
 
-def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str = "/",
-            ) -> tuple[int, str, str]:
+def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes]) -> tuple[int, str, str]:
     """Return exit status, output and errors of a git command that only asks."""
     child = subprocess.Popen(
-        ["git", *arguments], cwd=cwd, env=environ, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        ["git", *arguments], cwd="/", env=environ, stdin=subprocess.DEVNULL, encoding="utf-8",
+        errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     try:
         output, errors = child.communicate(timeout=GIT_SECONDS)
     except subprocess.TimeoutExpired:
         signal_group(child.pid, signal.SIGKILL)  # git alone would leave its ssh on the pipe
         output, errors = child.communicate()
-        errors += b"\nno answer in time"
-    return child.returncode, output.decode("utf-8", "replace"), errors.decode("utf-8", "replace")
-
-
-def break_locks(git: str) -> None:
-    """Remove the lock files of a killed git: under our lock, nobody else works here."""
-    for folder, folders, files in os.walk(git):
-        folders[:] = [name for name in folders if name not in ("objects", "lfs")]
-        for name in files:
-            if name.endswith(".lock"):
-                os.unlink(os.path.join(folder, name))
+        errors += "\nno answer in time"
+    return child.returncode, output, errors
 
 
 def advice(words: str) -> str:
-    """Say what to do about git's last words; empty where we know nothing."""
-    return next((f"git: {what}" for said, what in ADVICE.items() if said in words), "")
+    """Say what to do about git's or the system's words; empty where we know nothing."""
+    return next((what for said, what in ADVICE.items() if said in words), "")
 
 
 def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
@@ -1347,6 +1151,185 @@ def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
         raise OSError(f"{url}: {advice(errors) or first or f'git ended with {code}'}")
     pairs = (line.partition("\t") for line in output.splitlines())
     return {ref: commit for commit, _, ref in pairs}
+
+
+def git_steps(directory: str, ref: str, new_url: str) -> Iterator[list[str]]:
+    """Make a directory the newest commit of a ref, step by step; submodules come along."""
+    yield ["init", "-q"]  # makes what is missing, and nothing else
+    if new_url:
+        yield ["config", "remote.origin.url", new_url]
+    yield ["fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no", "origin", ref]
+    yield ["checkout", "-q", "--force", "--detach", "FETCH_HEAD"]
+    if os.path.exists(os.path.join(directory, ".gitmodules")):  # asked after the checkout
+        yield ["submodule", "-q", "sync", "--recursive"]
+        yield ["submodule", "-q", "update", "--init", "--recursive", "--force"]
+
+
+def break_locks(git: str) -> None:
+    """Remove the lock files of a killed git: under our lock, nobody else works here."""
+    for folder, folders, files in os.walk(git):
+        folders[:] = [name for name in folders if name not in ("objects", "lfs")]
+        for name in files:
+            if name.endswith(".lock"):
+                os.unlink(os.path.join(folder, name))
+
+
+class Job:
+    """Carry out one run under its locks; `perform` is called once, `end` from any thread.
+
+    What is left in `commit` is what was deployed.
+    """
+
+    def __init__(self, run: Run, hook: Hook, state: str, locks: list[int]) -> None:
+        self.run, self.hook, self.state, self.locks = run, hook, state, locks
+        self.commit, self.directory = run.push.commit, run.target.directory
+        self.folder = run_file(state, run.id)  # with a slash at its end
+        self.payload, self.output = b"", Output()
+        self.verdict: tuple[str, str] | None = None  # state and why, if it is not to end by itself
+
+    def end(self, state: str, why: str) -> None:
+        """Have the run end in `state`: its process group is ended within GRACE_SECONDS."""
+        self.verdict = self.verdict or (state, why)
+
+    def outcome(self, code: int, note: str = "") -> Outcome:
+        """Name the end of a run whose last child exited with `code`."""
+        state, why = self.verdict or ("failed" if code else "ok", note)
+        return Outcome(state, 124 if state == "timeout" else code, why)
+
+    def perform(self) -> Outcome:
+        """Do all that the hook says; an error of the system is an Outcome too."""
+        began = time.monotonic()
+        self.deadline = began + self.hook.timeout
+        with contextlib.closing(self.output):
+            try:
+                outcome = self.deploy()
+            except OSError as error:
+                outcome = Outcome("failed", 1, advice(str(error)) or str(error))
+            if outcome.note:
+                self.say(f"{outcome.state}: {outcome.note}")
+            if outcome.state in ("ok", "failed", "timeout"):
+                self.afterwards(outcome, time.monotonic() - began)
+        return outcome
+
+    def say(self, text: str) -> None:
+        self.output.write(f"hookd: {text}\n".encode())
+
+    def deploy(self) -> Outcome:
+        """Make the directory the newest commit, where git is set, and run the command in it."""
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        with open(f"{self.folder}payload.json", "wb", opener=private) as file:
+            file.write(self.payload)
+        self.output.open(f"{self.folder}output.log")
+        os.makedirs(self.directory, exist_ok=True)
+        if self.run.push.deleted:
+            return self.outcome(self.script(self.hook.on_delete))
+        failure = self.check_out() if self.hook.git else None
+        return failure or self.outcome(self.script(self.hook.command))
+
+    def check_out(self) -> Outcome | None:
+        """Make the directory the newest commit of the run's ref; None when done, else the failure.
+
+        Tracked files become the commit's; untracked and ignored ones stay. HEAD is detached, so
+        that branches like `a` and `a/b` can share a working copy.
+        """
+        directory, url = self.directory, fill(self.hook.git, self.run.push.repo, "")
+        environ = self.environment() | git_environment(self.hook, self.state)
+        # A repository that is no more must not have git find the one around it.
+        above = os.path.dirname(os.path.realpath(directory))
+        environ[b"GIT_CEILING_DIRECTORIES"] = os.fsencode(above)
+        inside, git = os.listdir(directory), os.path.join(directory, ".git")
+        if inside and ".git" not in inside:
+            remedy = "empty it, or set another directory"
+            return Outcome("failed", 1, f"{directory} is not empty and no git repository; {remedy}")
+        question = ["config", "--file", f"{git}/config", "remote.origin.url"]
+        have = ask_git(question, environ)[1].strip()
+        if have != url and (have or inside not in ([], [".git"])):
+            remedy = shlex.join(["git", "-C", directory, "config", "remote.origin.url", url])
+            fault = f"{directory} is a clone of {have or 'nothing'}, not of {url}"
+            return Outcome("failed", 1, f"{fault}; if it may become one: {remedy}")
+        break_locks(git)
+        for step in git_steps(directory, self.run.push.ref, "" if have else url):
+            # A gc that detaches would leave the run's process group and work on without its lock.
+            command = ["git", "-c", "gc.autoDetach=false", *step]
+            code = self.child(command, environ, directory)
+            if code and step[0] == "checkout" and b"index file" in self.output.tail:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{git}/index")  # cut short by a crash: git makes it anew
+                code = self.child(command, environ, directory)
+            if code or self.verdict:
+                words = self.output.tail.decode("utf-8", "replace")
+                return self.outcome(code or 1, f"git {step[0]}: {advice(words) or 'failed'}")
+        code, head, errors = ask_git(["-C", directory, "rev-parse", "HEAD"], environ)
+        self.commit = head.strip() or self.commit
+        return Outcome("failed", code, f"git rev-parse: {errors.strip()}") if code else None
+
+    def afterwards(self, outcome: Outcome, duration: float) -> None:
+        """Run on_success or on_failure; if that fails it is told and changes nothing."""
+        name = "on_success" if outcome.state == "ok" else "on_failure"
+        self.verdict, self.deadline = None, time.monotonic() + self.hook.timeout
+        try:
+            code = self.script(
+                getattr(self.hook, name), STATE=outcome.state, EXIT=outcome.exit,
+                DURATION=round(duration), LOG=f"{self.folder}output.log",
+                PREVIOUS_STATE=self.run.last_state)
+            failure = self.outcome(code, f"exit {code}" if code else "").note
+        except OSError as error:
+            failure = str(error)
+        if failure:
+            self.say(f"{name} failed: {failure}")
+            log.warning("%s of run %d failed: %s: %s", name, self.run.id, failure, self.run.push)
+
+    def script(self, text: str, **facts: Any) -> int:
+        """Run a script of the hook, if there is one; return its exit status."""
+        cwd = self.directory if os.path.isdir(self.directory) else "/"  # on_delete removed it
+        arguments = ["/bin/sh", "-e", "-c", text, "sh"]
+        return self.child(arguments, self.environment(**facts), cwd) if text else 0
+
+    def environment(self, **facts: Any) -> dict[bytes, bytes]:
+        """Return what a child finds: hookd's own without private names, the hook's, HOOKD_*."""
+        run, push, branch = self.run, self.run.push, short_name(self.run.push.ref)
+        facts = {
+            "EVENT": push.event, "REPO": push.repo, "REF": push.ref, "BRANCH": branch,
+            "SLUG": slug(branch), "COMMIT": self.commit, "BEFORE": push.before, "RUN": run.id,
+            "PUSHER": push.pusher, "DELIVERY": run.delivery, "LAST_GOOD": run.last_good,
+            "PAYLOAD": f"{self.folder}payload.json", **facts}
+        own = {f"HOOKD_{name}".encode(): variable(str(fact)) for name, fact in facts.items()}
+        return base_environment(self.hook) | own
+
+    def child(self, arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str) -> int:
+        """Run a child to its end, or to the run's; return its exit status, 128+N after signal N."""
+        child = subprocess.Popen(
+            arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks)
+        with child:
+            try:
+                self.follow(child, child.stdout.fileno())  # type: ignore[union-attr]
+            finally:
+                if child.returncode is None:
+                    signal_group(child.pid, signal.SIGKILL)
+        if end_group(child.pid, 0.25) and not self.verdict and arguments[0] != "git":
+            self.say("ended the processes that the script left behind in its process group")
+        return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+    def follow(self, child: subprocess.Popen[bytes], pipe: int) -> None:
+        """Copy the pipe until the child is gone, ending its group when it is time to."""
+        poll, kill_at = select.poll(), 0.0
+        poll.register(pipe, select.POLLIN)
+        while child.poll() is None:
+            if poll.poll(250):
+                data = os.read(pipe, CHUNK)
+                self.output.write(data)
+                if not data:  # closed; the child may go on for long
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        child.wait(0.25)
+            now = time.monotonic()
+            if now >= self.deadline:
+                self.end("timeout", f"took longer than {self.hook.timeout:g}s")
+            if self.verdict and now >= kill_at:
+                signal_group(child.pid, signal.SIGKILL if kill_at else signal.SIGTERM)
+                kill_at = now + GRACE_SECONDS
+        if poll.poll(0):  # its last words; a background child's would never end
+            self.output.write(os.read(pipe, CHUNK))
 
 
 # ========================================================================================= HTTP
@@ -1738,7 +1721,7 @@ def report(job: Job, outcome: Outcome, duration: float) -> None:
     log.log(level, "run %d %s%s: %s exit=%d seconds=%.1f delivery=%s", run.id, outcome.state, note,
             run.push, outcome.exit, duration, run.delivery)
     if outcome.state in ("failed", "timeout"):
-        for line in job.recent.decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
+        for line in job.output.tail[-4096:].decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
             log.warning("run %d said: %s", run.id, line)
 
 
@@ -2387,7 +2370,7 @@ def examine(config: Config, options: argparse.Namespace) -> Iterator[str]:
         try:
             ask()
         except OSError as error:
-            yield f"{place}: {advice(str(error)).removeprefix('git: ') or error}"
+            yield f"{place}: {advice(str(error)) or error}"
 
 
 def check(config: Config, options: argparse.Namespace) -> int:
@@ -2438,7 +2421,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(sign) != signal.SIG_IGN:  # as nohup(1) wants it
                 signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
-    job.echo, job.payload, began = show, payload, time.monotonic()
+    job.output.echo, job.payload, began = show, payload, time.monotonic()
     outcome = job.perform()
     with store.transaction():
         store.finish(number, outcome, job.commit, time.monotonic() - began)

@@ -597,6 +597,7 @@ class Configuration(Case):
         ("a hook of three words", "[o/r main dev]\ncommand = a\n", "[o/r main dev]"),
         ("a hook that does nothing", "[o/r main]\ntimeout = 5m\n", "[o/r main] command"),
         ("a section that no hook uses", "[o/r]\ncommand = a\n", "[o/r]"),
+        ("a repository twice", "[o/r]\n[O/R]\n[o/r main]\ncommand = a\n", "[o/r]: is there twice"),
     )
 
     def complaints(self, text):
@@ -626,6 +627,15 @@ class Configuration(Case):
                 self.assertTrue(place, told)
                 for word in remedy.split():
                     self.assertIn(word, place[0].partition(key)[2])
+
+    def test_a_fault_is_told_once_whoever_uses_it(self):
+        shared = section("octo/site", queue="latest")
+        for name, sections in (("by two hooks", (hook("true"), hook("true", "dev"))),
+                               ("by none", (hook("true", queue="every"),))):
+            with self.subTest(name):
+                told = self.complaints(self.ini(shared, *sections, timeout="soon"))
+                self.assertEqual(told.count("[octo/site] queue"), 1, told)
+                self.assertEqual(told.count("[hookd] timeout"), 1, told)
 
     def test_an_unknown_setting_is_told_with_the_nearest_known_one(self):
         told = self.complaints("[octo/site main]\ncommand = true\ntimout = 5m\n")
@@ -2205,6 +2215,44 @@ class Git(Case):
         self.assertEqual(daemon.settled()["state"], "ok")
         self.assertEqual(daemon.read("live/lib/code"), "of the library")
 
+    def test_a_submodule_that_cannot_be_updated_fails_the_run(self):
+        (self.home / ".gitconfig").write_text("[protocol \"file\"]\n\tallow = always\n")
+        library, origin = self.repository("library"), self.repository()
+        library.commit(code="one")
+        origin.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add",
+                   str(library.path), "lib")
+        origin.commit()
+        daemon = self.serve(self.deploying())
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok")
+        os.truncate(self.home / "live/.git/modules/lib/index", 10)
+        origin.git("-C", "lib", "pull", "-q")
+        library.commit(code="two")
+        origin.git("-C", "lib", "pull", "-q")
+        origin.commit()
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "failed", daemon.output(2))
+        self.assertEqual(len(daemon.seen()), 1)
+
+    def test_an_index_that_was_cut_short_is_made_anew(self):
+        origin, daemon = self.deployed()
+        os.truncate(self.home / "live/.git/index", 10)
+        new = origin.commit(page="two")
+        daemon.push()
+        self.assertEqual(daemon.settled()["commit"], new, daemon.output(2))
+        self.assertEqual(daemon.read("live/page"), "two")
+
+    def test_the_remedy_for_another_repository_in_the_directory_works(self):
+        new = self.repository().commit(page="one")
+        Repository(self.home / "live").commit(page="precious")
+        daemon = self.serve(self.deploying())
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "failed")
+        remedy = daemon.output(1).partition("if it may become one: ")[2].strip()
+        subprocess.run(remedy, shell=True, check=True, env=daemon.environment)
+        daemon.push()
+        self.assertEqual(daemon.settled()["commit"], new, daemon.output(2))
+
     def test_a_directory_that_holds_something_else_is_left_alone(self):
         self.repository().commit(page="one")
         other = self.repository("other")
@@ -2944,6 +2992,19 @@ class CommandLine(Case):
                 self.assertTrue(line, told.err)
                 self.assertIn(word, line[0])
 
+    def test_check_looks_for_git_where_the_hook_would(self):
+        (self.home / "bin").mkdir()
+        git = shutil.which("git")
+        for name, path, own in (("hookd has it, the hook not", os.environ["PATH"], "/nowhere"),
+                                ("the hook alone has it", str(self.home / "bin"),
+                                 os.path.dirname(git))):
+            with self.subTest(name):
+                daemon = self.prepare(hook("true", git="/nowhere", environment=f"PATH={own}"),
+                                      variables={"PATH": path})
+                told = daemon.hookd("check")
+                self.assertEqual((told.code, "no git in PATH" in told.err),
+                                 (78, True) if own == "/nowhere" else (0, False), told)
+
     def test_check_is_content_while_the_daemon_runs(self):
         daemon = self.serve(hook("true"))
         daemon.configure(self.ini(hook("true"), listen=daemon.address))
@@ -2962,6 +3023,21 @@ class CommandLine(Case):
         self.assertIn("this is it", daemon.hookd("log", "1").out)
 
     EXITS = (("true", 0), ("exit 7", 7), ("kill -9 $$", 137), ("sleep 60", 124))
+
+    def test_run_goes_on_after_a_hangup_where_nohup_says_so(self):
+        daemon = self.prepare(hook('touch "$HOME/began"\n' + GATE))
+        for name, outcome in (("nohup", 0), ("env", 1)):
+            with self.subTest(name):
+                (self.home / "gate").unlink(missing_ok=True)
+                (self.home / "began").unlink(missing_ok=True)
+                one = daemon.spawn([name, sys.executable, str(HOOKD), "-c", str(daemon.ini),
+                                    "run", "octo/site", "main"])
+                daemon.wait((self.home / "began").exists, "the command to begin")
+                one.send_signal(signal.SIGHUP)
+                if outcome:
+                    daemon.wait(lambda: "cancelled" in daemon.states().values(), "the end")
+                daemon.open_gate()
+                self.assertEqual(one.wait(PATIENCE) != 0, bool(outcome), daemon.log)
 
     def test_run_waits_for_the_run_of_the_daemon(self):
         daemon = self.serve(hook(alone(BRIEFLY) + NOTE))
@@ -3093,6 +3169,17 @@ class CommandLine(Case):
         for arguments in ((), ("1",), ("octo/site", "main")):
             with self.subTest(arguments):
                 self.assertIn("words that last", daemon.hookd("log", *arguments).out)
+
+    def test_status_and_log_go_on_under_a_faulty_ini(self):
+        daemon = self.prepare(hook("echo from the run"))
+        daemon.hookd("run", "octo/site", "main")
+        daemon.configure(self.ini(hook("true", timout="5m")))
+        for verb, word in (("status", "octo/site main"), ("log", "from the run")):
+            with self.subTest(verb):
+                told = daemon.hookd(verb)
+                self.assertEqual(told.code, 0, told)
+                self.assertIn(word, told.out)
+                self.assertIn("timout", told.err)
 
     def test_log_of_what_never_ran_says_so(self):
         daemon = self.serve(hook("true"))
@@ -3607,6 +3694,15 @@ class House(unittest.TestCase):
     def test_the_parts_stand_in_the_order_of_the_book(self):
         places = [self.part(name)[0] for name in self.PARTS]
         self.assertEqual(places, sorted(places))
+
+    def test_nothing_calls_downward(self):
+        tops = [one for one in self.tree.body if isinstance(one, (ast.ClassDef, ast.FunctionDef))]
+        place = {one.name: one.lineno for one in tops}
+        calls = [(one, node.func.id) for one in tops for node in ast.walk(one)
+                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        downward = {f"{one.name} calls {name}" for one, name in calls
+                    if place.get(name, 0) > one.lineno}
+        self.assertEqual(downward, set())
 
     def test_the_top_level_is_exactly_five_files(self):
         if not (HERE / ".git").exists():
