@@ -1364,6 +1364,9 @@ def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
 # `room` bytes, and when these are used up the largest unfinished one gives way. There are at most
 # CONNECTIONS_MAX connections, and the one that waited longest gives way. A small signed push is
 # never the largest and never the oldest.
+#
+# A sender gets one answer at a time: what follows a request before its answer is thrown away, and
+# the connection closed behind the answer. No body is ever taken for a request.
 
 SSL_WANT_READ = 2  # ssl.SSL_ERROR_WANT_READ; ssl is imported only where it is used
 LOOPBACK = re.compile(r"127\.|::1$|$")  # a unix socket's peer has no name
@@ -1372,14 +1375,25 @@ LOOPBACK = re.compile(r"127\.|::1$|$")  # a unix socket's peer has no name
 class Connection:
     """Hold one sender's socket, what it has sent, and until when it may go on."""
 
-    __slots__ = ("body", "buffer", "client", "deadline", "head", "lingers", "peer", "sock", "whole")
+    __slots__ = ("body", "deadline", "head", "lingers", "peer", "sock", "whole")
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
-        self.sock, self.peer, self.client, self.deadline = sock, peer, peer, 0.0
-        self.buffer, self.head = bytearray(), None  # type: bytearray, Any  # Request
+        self.sock, self.peer, self.deadline = sock, peer, 0.0
+        self.head: Any = None  # Request
+        self.body = bytearray()  # while there is no head, what has come of one
         self.whole = False  # the request is complete and waits for its answer
-        self.body: Body = b""  # of the whole request, in memory until the answer
-        self.lingers = False  # it has been answered for good; what still comes is thrown away
+        self.lingers = False  # no request is taken any more; what still comes is thrown away
+
+    @property
+    def client(self) -> str:
+        """Name who sends the request: whoever a proxy on this machine says, else the peer."""
+        head = self.head
+        if not head or "x-forwarded-for" not in head.fields or not LOOPBACK.match(self.peer):
+            return self.peer
+        last: str = head.fields["x-forwarded-for"].rpartition(",")[2].strip()
+        # What cannot be read as an address is one that is allowed nowhere.
+        readable = re.fullmatch("[0-9A-Fa-f.:]+", last)
+        return last.removeprefix("::ffff:") if readable else "unreadable"
 
 
 class Server:
@@ -1397,8 +1411,6 @@ class Server:
         self.listeners: list[socket.socket] = []
         self.tls: ssl.SSLContext | None = None
         self.room, self.held, self.most = BODIES_MAX, 0, CONNECTIONS_MAX
-        self.pipelined: list[Connection] = []  # answered, with the next request in the buffer
-        self.arrived: list[Connection] = []  # with a whole request
         # In the order of deadlines: who gets a new one moves to the end.
         self.connections: OrderedDict[Connection, None] = OrderedDict()
 
@@ -1413,28 +1425,26 @@ class Server:
 
     def poll(self, timeout: float) -> list[Connection]:
         """Wait for something to happen; return those whose requests are whole now."""
+        now = time.monotonic()
+        while self.connections and self.oldest().deadline <= now:
+            late = self.oldest()
+            if late.head or late.body:
+                self.refused(late, Refusal(408, "request took too long"))
+            self.drop(late)
         if self.connections:
-            timeout = min(timeout, next(iter(self.connections)).deadline - time.monotonic())
-        pipelined, self.pipelined = self.pipelined, []
-        for one in pipelined:
-            if one in self.connections:
-                self.digest(one, b"")
-        wait = 0 if pipelined else None if timeout == NEVER else max(timeout, 0)
-        for key, _ in self.selector.select(wait):
-            if isinstance(key.data, Connection):
+            timeout = min(timeout, self.oldest().deadline - now)
+        events = self.selector.select(None if timeout == NEVER else timeout)
+        for key, _ in events:
+            if key.data:
                 self.receive(key.data)
             elif key.fileobj is self.wake:
                 self.wake.recv(CHUNK)
             else:
                 self.accept(key.fileobj)
-        now = time.monotonic()
-        while self.connections and next(iter(self.connections)).deadline <= now:
-            late = next(iter(self.connections))
-            if (late.buffer or late.head) and not late.lingers:
-                self.refused(late, Refusal(408, "request took too long"))
-            self.drop(late)
-        arrived, self.arrived = self.arrived, []
-        return [one for one in arrived if one.whole]
+        return [key.data for key, _ in events if key.data and key.data.whole]
+
+    def oldest(self) -> Connection:
+        return next(iter(self.connections))
 
     def accept(self, listener: Any) -> None:
         """Welcome who has come, at the cost of who has waited longest where there is no room."""
@@ -1445,12 +1455,11 @@ class Server:
                 if self.tls:
                     sock = self.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError as error:  # mostly: no more for now
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.connections:
-                    return
-                self.drop(next(iter(self.connections)))
-                continue
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self.connections:
+                    self.drop(self.oldest())
+                return
             if len(self.connections) >= self.most:
-                self.drop(next(iter(self.connections)))
+                self.drop(self.oldest())
             host = peer[0].removeprefix("::ffff:") if isinstance(peer, tuple) else ""
             connection = Connection(sock, host)
             self.selector.register(sock, selectors.EVENT_READ, connection)
@@ -1461,40 +1470,30 @@ class Server:
         self.connections[connection] = None
         self.connections.move_to_end(connection)
 
-    def drop(self, connection: Connection) -> None:
-        self.take(connection, len(connection.buffer))
+    def clear(self, connection: Connection) -> None:
+        """Let go of a request."""
         self.held -= len(connection.body)
-        connection.whole, connection.body = False, b""
+        connection.head, connection.body, connection.whole = None, bytearray(), False
+
+    def drop(self, connection: Connection) -> None:
+        self.clear(connection)
         if connection in self.connections:
             del self.connections[connection]
             self.selector.unregister(connection.sock)
             connection.sock.close()
 
-    def take(self, connection: Connection, size: int) -> Body:
-        """Take bytes out of a buffer; the whole of it is not copied."""
-        self.held -= size
-        taken = connection.buffer
-        if size < len(taken):
-            taken = taken[:size]
-            del connection.buffer[:size]
-        else:
-            connection.buffer = bytearray()
-        return taken
-
     def receive(self, connection: Connection) -> None:
         """Read what has come."""
-        if connection.whole or connection in self.pipelined:  # first what is here already
-            return
         try:
+            # At least a record of TLS, 16 KB: what is left of one would not wake the selector.
             data = connection.sock.recv(CHUNK if connection.head else HEAD_MAX)
         except OSError as error:
-            handshake = self.tls and error.errno == SSL_WANT_READ
-            if not handshake and not isinstance(error, BlockingIOError):
+            if error.errno not in (errno.EAGAIN, SSL_WANT_READ):
                 self.drop(connection)
             return
-        begun = bool(connection.buffer or connection.head)
+        begun = connection.head or connection.body
         if not data:
-            if begun and not connection.lingers:
+            if begun:
                 self.refused(connection, Refusal(400, "request ended too early"))
             self.drop(connection)
         elif not connection.lingers:
@@ -1503,68 +1502,57 @@ class Server:
             self.digest(connection, data)
 
     def digest(self, connection: Connection, data: bytes) -> None:
-        """Add to a connection's buffer; note the request that is whole by that."""
-        connection.buffer += data
+        """Add to what a connection has sent; mark the request that is whole by that."""
+        connection.body += data
         self.held += len(data)
         if self.held > self.room:
-            largest = max(self.connections, key=lambda other: len(other.buffer))
+            unfinished = (one for one in self.connections if not one.whole)
+            largest = max(unfinished, key=lambda one: len(one.body))
             self.refused(largest, Refusal(503, "too much in flight, send it again later"))
         try:
-            if connection.head is None and not connection.lingers:
+            if connection.body and not connection.head:
                 self.take_head(connection)
         except Refusal as refusal:
             self.refused(connection, refusal)
-        head, here = connection.head, connection in self.connections
-        if head and here and not connection.whole and len(connection.buffer) >= head.length:
-            connection.whole, connection.body = True, self.take(connection, head.length)
-            self.held += head.length
+        head = connection.head
+        if head and len(connection.body) >= head.length:
+            connection.whole, connection.lingers = True, len(connection.body) > head.length
+            self.held -= len(connection.body) - head.length
+            del connection.body[head.length :]
             self.rearm(connection)
-            self.arrived.append(connection)
 
     def take_head(self, connection: Connection) -> None:
-        """Take a head out of a connection's buffer, once it is whole, and have it checked."""
-        end = connection.buffer.find(b"\r\n\r\n", 0, HEAD_MAX + 4)
+        """Take a head out of what a connection has sent, once it is whole, and have it checked."""
+        end = connection.body.find(b"\r\n\r\n", 0, HEAD_MAX + 4)
         if end < 0:
-            check_start(bytes(connection.buffer))
+            check_start(bytes(connection.body))
             return
-        connection.head = head = read_head(bytes(self.take(connection, end + 4)[:end]))
-        connection.client = connection.peer
-        if "x-forwarded-for" in head.fields and LOOPBACK.match(connection.peer):
-            # By a proxy here. What cannot be read as an address is one that is allowed nowhere.
-            last = head.fields["x-forwarded-for"].rpartition(",")[2].strip()
-            readable = re.fullmatch("[0-9A-Fa-f.:]+", last)
-            connection.client = last.removeprefix("::ffff:") if readable else "unreadable"
+        connection.head = head = read_head(bytes(connection.body[:end]))
+        del connection.body[: end + 4]
+        self.held -= end + 4
         self.check(head, connection.client)
-        if head.fields.get("expect", "").lower() == "100-continue" and not connection.buffer:
+        if head.fields.get("expect", "").lower() == "100-continue" and not connection.body:
             self.send(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def reply(self, connection: Connection, status: int, text: str) -> None:
         """Answer in one write, then keep, close or linger: an unread body is never a request."""
-        head, whole = connection.head, connection.whole
-        if head and not whole and len(connection.buffer) >= head.length:
-            self.take(connection, head.length)
-            whole = True
-        keep = whole and head and head.keep_alive and self.listeners
+        head = connection.head
+        connection.lingers |= not head or len(connection.body) != head.length
+        keep = not connection.lingers and head.keep_alive and self.listeners
         body = b"" if head and head.method == "HEAD" else f"{text}\n".encode()
         answer = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
                   f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
                   + "Allow: POST\r\n" * (status == 405)
                   + ("\r\n" if keep else "Connection: close\r\n\r\n"))
-        self.held -= len(connection.body)
-        connection.head, connection.whole, connection.body = None, False, b""
+        self.clear(connection)
         self.send(connection, answer.encode() + body)
-        if connection not in self.connections:
-            return
-        if keep:
-            self.rearm(connection)
-            self.pipelined += [connection] if connection.buffer else []
-        elif whole:
-            self.drop(connection)
-        else:  # a close would be a reset, which takes the answer from a sender still sending
-            self.take(connection, len(connection.buffer))
-            connection.lingers = True
+        if connection.lingers:  # a close would be a reset, and take the answer from the sender
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_WR)
+        elif keep and connection in self.connections:
+            self.rearm(connection)
+        else:
+            self.drop(connection)
 
     def send(self, connection: Connection, data: bytes) -> None:
         """Send a few bytes at once; who has no room for them does not listen."""
