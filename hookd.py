@@ -1365,8 +1365,8 @@ def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
 # CONNECTIONS_MAX connections, and the one that waited longest gives way. A small signed push is
 # never the largest and never the oldest.
 #
-# A sender gets one answer at a time: what follows a request before its answer is thrown away, and
-# the connection closed behind the answer. No body is ever taken for a request.
+# What a sender sends behind a request, before its answer, is thrown away, and the connection is
+# closed with that answer: nothing that was not judged as a head is ever taken for one.
 
 SSL_WANT_READ = 2  # ssl.SSL_ERROR_WANT_READ; ssl is imported only where it is used
 LOOPBACK = re.compile(r"127\.|::1$|$")  # a unix socket's peer has no name
@@ -1375,14 +1375,17 @@ LOOPBACK = re.compile(r"127\.|::1$|$")  # a unix socket's peer has no name
 class Connection:
     """Hold one sender's socket, what it has sent, and until when it may go on."""
 
-    __slots__ = ("body", "deadline", "head", "lingers", "peer", "sock", "whole")
+    __slots__ = ("body", "deadline", "head", "lingers", "peer", "sock")
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.sock, self.peer, self.deadline = sock, peer, 0.0
         self.head: Any = None  # Request
         self.body = bytearray()  # while there is no head, what has come of one
-        self.whole = False  # the request is complete and waits for its answer
         self.lingers = False  # no request is taken any more; what still comes is thrown away
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.head) and len(self.body) == self.head.length
 
     @property
     def client(self) -> str:
@@ -1426,13 +1429,12 @@ class Server:
     def poll(self, timeout: float) -> list[Connection]:
         """Wait for something to happen; return those whose requests are whole now."""
         now = time.monotonic()
-        while self.connections and self.oldest().deadline <= now:
-            late = self.oldest()
-            if late.head or late.body:
-                self.refused(late, Refusal(408, "request took too long"))
-            self.drop(late)
-        if self.connections:
-            timeout = min(timeout, self.oldest().deadline - now)
+        while (oldest := next(iter(self.connections), None)) and oldest.deadline <= now:
+            if oldest.head or oldest.body:
+                self.refused(oldest, Refusal(408, "request took too long"))
+            self.drop(oldest)
+        if oldest:
+            timeout = min(timeout, oldest.deadline - now)
         events = self.selector.select(None if timeout == NEVER else timeout)
         for key, _ in events:
             if key.data:
@@ -1442,9 +1444,6 @@ class Server:
             else:
                 self.accept(key.fileobj)
         return [key.data for key, _ in events if key.data and key.data.whole]
-
-    def oldest(self) -> Connection:
-        return next(iter(self.connections))
 
     def accept(self, listener: Any) -> None:
         """Welcome who has come, at the cost of who has waited longest where there is no room."""
@@ -1456,10 +1455,10 @@ class Server:
                     sock = self.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError as error:  # mostly: no more for now
                 if error.errno in (errno.EMFILE, errno.ENFILE) and self.connections:
-                    self.drop(self.oldest())
+                    self.drop(next(iter(self.connections)))
                 return
             if len(self.connections) >= self.most:
-                self.drop(self.oldest())
+                self.drop(next(iter(self.connections)))
             host = peer[0].removeprefix("::ffff:") if isinstance(peer, tuple) else ""
             connection = Connection(sock, host)
             self.selector.register(sock, selectors.EVENT_READ, connection)
@@ -1473,7 +1472,7 @@ class Server:
     def clear(self, connection: Connection) -> None:
         """Let go of a request."""
         self.held -= len(connection.body)
-        connection.head, connection.body, connection.whole = None, bytearray(), False
+        connection.head, connection.body = None, bytearray()
 
     def drop(self, connection: Connection) -> None:
         self.clear(connection)
@@ -1502,12 +1501,13 @@ class Server:
             self.digest(connection, data)
 
     def digest(self, connection: Connection, data: bytes) -> None:
-        """Add to what a connection has sent; mark the request that is whole by that."""
+        """Add to what a connection has sent; its request may be whole by that."""
         connection.body += data
         self.held += len(data)
         if self.held > self.room:
-            unfinished = (one for one in self.connections if not one.whole)
-            largest = max(unfinished, key=lambda one: len(one.body))
+            # Who is whole already is judged next; this one has yet to find room.
+            found = (one for one in self.connections if one is connection or not one.whole)
+            largest = max(found, key=lambda one: len(one.body))
             self.refused(largest, Refusal(503, "too much in flight, send it again later"))
         try:
             if connection.body and not connection.head:
@@ -1515,11 +1515,10 @@ class Server:
         except Refusal as refusal:
             self.refused(connection, refusal)
         head = connection.head
-        if head and len(connection.body) >= head.length:
-            connection.whole, connection.lingers = True, len(connection.body) > head.length
+        if head and len(connection.body) > head.length:
+            connection.lingers = True
             self.held -= len(connection.body) - head.length
             del connection.body[head.length :]
-            self.rearm(connection)
 
     def take_head(self, connection: Connection) -> None:
         """Take a head out of what a connection has sent, once it is whole, and have it checked."""
@@ -1537,7 +1536,7 @@ class Server:
     def reply(self, connection: Connection, status: int, text: str) -> None:
         """Answer in one write, then keep, close or linger: an unread body is never a request."""
         head = connection.head
-        connection.lingers |= not head or len(connection.body) != head.length
+        connection.lingers |= not connection.whole
         keep = not connection.lingers and head.keep_alive and self.listeners
         body = b"" if head and head.method == "HEAD" else f"{text}\n".encode()
         answer = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
@@ -1561,15 +1560,25 @@ class Server:
                 return
         self.drop(connection)
 
-    def fail(self) -> None:
-        """Answer 500 to whoever still waits after a bug of ours."""
-        for connection in [one for one in self.connections if one.whole]:
-            self.reply(connection, 500, "a bug in hookd")
-
 
 # ============================================================================== systemd and log
 # What hookd tells the machine it runs on. A stuck syslog or terminal must not delay a delivery:
 # a line that cannot be written at once is dropped, counted, and told of later.
+
+
+def datagram(path: str, patience: float, text: str, *files: int) -> bool:
+    """Send a datagram to whoever has that name now: a restarted syslog has another socket."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(patience)
+        sock.connect(path)
+        return socket.send_fds(sock, [text.encode("utf-8", "replace")], list(files)) > 0
+    return False
+
+
+def notify(text: str, *files: int) -> None:
+    """Tell systemd, where it listens (sd_notify(3)); descriptors go with FDSTORE=1."""
+    if "NOTIFY_SOCKET" in os.environ:
+        datagram(re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]), 1.0, text, *files)
 
 
 class LogHandler(logging.Handler):
@@ -1581,18 +1590,19 @@ class LogHandler(logging.Handler):
     def __init__(self, path: str, stderr: bool) -> None:
         super().__init__()
         self.path, self.stderr, self.lost = path, stderr, 0
-        self.times = logging.Formatter("%(asctime)s %(levelname)s: %(message)s")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, its traceback in the same line, with nothing that a terminal obeys."""
         lost = f" (lost {self.lost} lines before this one)" if self.lost else ""
-        priority = 3 << 3 | {"INFO": 6, "WARNING": 4}.get(record.levelname, 3)  # syslog(3): daemon
-        line = f"<{priority}>hookd[{os.getpid()}]: {escape(self.format(record) + lost)}"
-        told = bool(self.path) and datagram(self.path, 0.0, line)
+        text = escape(self.format(record) + lost)
+        priority = {"INFO": 30, "WARNING": 28}.get(record.levelname, 27)  # of daemon.*, syslog(3)
+        line = f"<{priority}>hookd[{os.getpid()}]: {text}"
+        told = bool(self.path) and datagram(self.path, 0, line)
         with contextlib.suppress(OSError):
             if not told and self.stderr and select.select([], [2], [], 0)[1]:
-                data = f"{escape(self.times.format(record) + lost)}\n".encode("utf-8", "replace")
-                told = os.write(2, data[: select.PIPE_BUF]) > 0  # a pipe has as much room (pipe(7))
+                line = f"{logging.Formatter().formatTime(record)} {record.levelname}: {text}"
+                room = select.PIPE_BUF - 1  # a pipe has as much (pipe(7))
+                told = os.write(2, line.encode("utf-8", "replace")[:room] + b"\n") > 0
         self.lost = 0 if told else self.lost + 1
 
 
@@ -1612,8 +1622,7 @@ class Noise:
 
     def add(self, refusal: Refusal, client: str) -> None:
         kind, self.client = f"{refusal.reason} status={refusal.status}", client or "unix"
-        if self.until == NEVER:
-            self.until = time.monotonic() + NOISE_SECONDS
+        self.until = min(self.until, time.monotonic() + NOISE_SECONDS)
         if kind not in self.counts:
             log.warning("refused a request: %s client=%s", kind, self.client)
         self.counts[kind] = self.counts.get(kind, -1) + 1
@@ -1627,21 +1636,6 @@ class Noise:
             # What goes on is not told singly again.
             self.counts = {kind: 0 for kind, n in self.counts.items() if n}
             self.until = time.monotonic() + NOISE_SECONDS if self.counts else NEVER
-
-
-def notify(text: str, *files: int) -> None:
-    """Tell systemd, where it listens (sd_notify(3)); descriptors go with FDSTORE=1."""
-    if "NOTIFY_SOCKET" in os.environ:
-        datagram(re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]), 1.0, text, *files)
-
-
-def datagram(path: str, patience: float, text: str, *files: int) -> bool:
-    """Send a datagram to whoever has that name now: a restarted syslog has another socket."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(patience)
-        sock.connect(path)
-        return socket.send_fds(sock, [text.encode("utf-8", "replace")], list(files)) > 0
-    return False
 
 
 def passed_count() -> int:
@@ -1663,24 +1657,24 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
 
 def open_socket(wanted: str) -> socket.socket:
     """Bind and listen; raise OSError. A unix socket that a killed hookd left is replaced."""
-    host, _, port = wanted.rpartition(":")
+    family, name = socket.AF_UNIX, wanted[5:]  # type: int, Any
     try:
-        if host == "unix":
-            sock, name = socket.socket(socket.AF_UNIX), port  # type: socket.socket, Any
-            with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        if wanted.startswith("unix:"):
+            with socket.socket(family) as probe:
                 if probe.connect_ex(name) == errno.ECONNREFUSED:
                     os.unlink(name)
         else:
-            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            host, _, port = wanted.rpartition(":")
+            found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
             family, *_, name = found[0]
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(name)
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         remedy = "stop who has it, or change listen" if taken else "change listen"
-        raise OSError(f"cannot listen on {wanted}: {error.strerror}; {remedy}") from None
-    if host == "unix":
+        raise OSError(f"cannot listen on {wanted}: {error.strerror or error}; {remedy}") from None
+    if family == socket.AF_UNIX:
         os.chmod(name, 0o666)  # as open as 127.0.0.1 is; the signature is the guard
     sock.listen(4096)  # enough of a queue for a restart
     return sock
@@ -1764,7 +1758,8 @@ class Daemon:
                 self.turn()
             except Exception:
                 log.exception("a bug in hookd; it goes on, please report this")
-                self.server.fail()
+                for sender in [one for one in self.server.connections if one.whole]:
+                    self.server.reply(sender, 500, "a bug in hookd")
                 self.look_at = time.monotonic() + 1
         self.part()
         return 0
