@@ -1433,6 +1433,7 @@ class Server:
             if oldest.head or oldest.body:
                 self.refused(oldest, Refusal(408, "request took too long"))
             self.drop(oldest)
+            timeout = 0.0  # what the caller waits for may be another now
         if oldest:
             timeout = min(timeout, oldest.deadline - now)
         events = self.selector.select(None if timeout == NEVER else timeout)
