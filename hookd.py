@@ -1340,6 +1340,9 @@ class Job:
 # `room` bytes, and when these are used up the largest unfinished one gives way. There are at most
 # CONNECTIONS_MAX connections, and the one that waited longest gives way. A small signed push is
 # never the largest and never the oldest.
+#
+# What a sender sends behind a request, before its answer, is thrown away, and the connection is
+# closed with that answer: nothing that was not judged as a head is ever taken for one.
 
 SSL_WANT_READ = 2  # ssl.SSL_ERROR_WANT_READ; ssl is imported only where it is used
 LOOPBACK = re.compile(r"127\.|::1$|$")  # a unix socket's peer has no name
@@ -1348,14 +1351,28 @@ LOOPBACK = re.compile(r"127\.|::1$|$")  # a unix socket's peer has no name
 class Connection:
     """Hold one sender's socket, what it has sent, and until when it may go on."""
 
-    __slots__ = ("body", "buffer", "client", "deadline", "head", "lingers", "peer", "sock", "whole")
+    __slots__ = ("body", "deadline", "head", "lingers", "peer", "sock")
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
-        self.sock, self.peer, self.client, self.deadline = sock, peer, peer, 0.0
-        self.buffer, self.head = bytearray(), None  # type: bytearray, Any  # Request
-        self.whole = False  # the request is complete and waits for its answer
-        self.body: Body = b""  # of the whole request, in memory until the answer
-        self.lingers = False  # it has been answered for good; what still comes is thrown away
+        self.sock, self.peer, self.deadline = sock, peer, 0.0
+        self.head: Any = None  # Request
+        self.body = bytearray()  # while there is no head, what has come of one
+        self.lingers = False  # no request is taken any more; what still comes is thrown away
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.head) and len(self.body) == self.head.length
+
+    @property
+    def client(self) -> str:
+        """Name who sends the request: whoever a proxy on this machine says, else the peer."""
+        head = self.head
+        if not head or "x-forwarded-for" not in head.fields or not LOOPBACK.match(self.peer):
+            return self.peer
+        last: str = head.fields["x-forwarded-for"].rpartition(",")[2].strip()
+        # What cannot be read as an address is one that is allowed nowhere.
+        readable = re.fullmatch("[0-9A-Fa-f.:]+", last)
+        return last.removeprefix("::ffff:") if readable else "unreadable"
 
 
 class Server:
@@ -1373,8 +1390,6 @@ class Server:
         self.listeners: list[socket.socket] = []
         self.tls: ssl.SSLContext | None = None
         self.room, self.held, self.most = BODIES_MAX, 0, CONNECTIONS_MAX
-        self.pipelined: list[Connection] = []  # answered, with the next request in the buffer
-        self.arrived: list[Connection] = []  # with a whole request
         # In the order of deadlines: who gets a new one moves to the end.
         self.connections: OrderedDict[Connection, None] = OrderedDict()
 
@@ -1389,28 +1404,23 @@ class Server:
 
     def poll(self, timeout: float) -> list[Connection]:
         """Wait for something to happen; return those whose requests are whole now."""
-        if self.connections:
-            timeout = min(timeout, next(iter(self.connections)).deadline - time.monotonic())
-        pipelined, self.pipelined = self.pipelined, []
-        for one in pipelined:
-            if one in self.connections:
-                self.digest(one, b"")
-        wait = 0 if pipelined else None if timeout == NEVER else max(timeout, 0)
-        for key, _ in self.selector.select(wait):
-            if isinstance(key.data, Connection):
+        now = time.monotonic()
+        while (oldest := next(iter(self.connections), None)) and oldest.deadline <= now:
+            if oldest.head or oldest.body:
+                self.refused(oldest, Refusal(408, "request took too long"))
+            self.drop(oldest)
+            timeout = 0.0  # what the caller waits for may be another now
+        if oldest:
+            timeout = min(timeout, oldest.deadline - now)
+        events = self.selector.select(None if timeout == NEVER else timeout)
+        for key, _ in events:
+            if key.data:
                 self.receive(key.data)
             elif key.fileobj is self.wake:
                 self.wake.recv(CHUNK)
             else:
                 self.accept(key.fileobj)
-        now = time.monotonic()
-        while self.connections and next(iter(self.connections)).deadline <= now:
-            late = next(iter(self.connections))
-            if (late.buffer or late.head) and not late.lingers:
-                self.refused(late, Refusal(408, "request took too long"))
-            self.drop(late)
-        arrived, self.arrived = self.arrived, []
-        return [one for one in arrived if one.whole]
+        return [key.data for key, _ in events if key.data and key.data.whole]
 
     def accept(self, listener: Any) -> None:
         """Welcome who has come, at the cost of who has waited longest where there is no room."""
@@ -1421,10 +1431,9 @@ class Server:
                 if self.tls:
                     sock = self.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError as error:  # mostly: no more for now
-                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.connections:
-                    return
-                self.drop(next(iter(self.connections)))
-                continue
+                if error.errno in (errno.EMFILE, errno.ENFILE) and self.connections:
+                    self.drop(next(iter(self.connections)))
+                return
             if len(self.connections) >= self.most:
                 self.drop(next(iter(self.connections)))
             host = peer[0].removeprefix("::ffff:") if isinstance(peer, tuple) else ""
@@ -1437,40 +1446,30 @@ class Server:
         self.connections[connection] = None
         self.connections.move_to_end(connection)
 
-    def drop(self, connection: Connection) -> None:
-        self.take(connection, len(connection.buffer))
+    def clear(self, connection: Connection) -> None:
+        """Let go of a request."""
         self.held -= len(connection.body)
-        connection.whole, connection.body = False, b""
+        connection.head, connection.body = None, bytearray()
+
+    def drop(self, connection: Connection) -> None:
+        self.clear(connection)
         if connection in self.connections:
             del self.connections[connection]
             self.selector.unregister(connection.sock)
             connection.sock.close()
 
-    def take(self, connection: Connection, size: int) -> Body:
-        """Take bytes out of a buffer; the whole of it is not copied."""
-        self.held -= size
-        taken = connection.buffer
-        if size < len(taken):
-            taken = taken[:size]
-            del connection.buffer[:size]
-        else:
-            connection.buffer = bytearray()
-        return taken
-
     def receive(self, connection: Connection) -> None:
         """Read what has come."""
-        if connection.whole or connection in self.pipelined:  # first what is here already
-            return
         try:
+            # At least a record of TLS, 16 KB: what is left of one would not wake the selector.
             data = connection.sock.recv(CHUNK if connection.head else HEAD_MAX)
         except OSError as error:
-            handshake = self.tls and error.errno == SSL_WANT_READ
-            if not handshake and not isinstance(error, BlockingIOError):
+            if error.errno not in (errno.EAGAIN, SSL_WANT_READ):
                 self.drop(connection)
             return
-        begun = bool(connection.buffer or connection.head)
+        begun = connection.head or connection.body
         if not data:
-            if begun and not connection.lingers:
+            if begun:
                 self.refused(connection, Refusal(400, "request ended too early"))
             self.drop(connection)
         elif not connection.lingers:
@@ -1479,68 +1478,57 @@ class Server:
             self.digest(connection, data)
 
     def digest(self, connection: Connection, data: bytes) -> None:
-        """Add to a connection's buffer; note the request that is whole by that."""
-        connection.buffer += data
+        """Add to what a connection has sent; its request may be whole by that."""
+        connection.body += data
         self.held += len(data)
         if self.held > self.room:
-            largest = max(self.connections, key=lambda other: len(other.buffer))
+            # Who is whole already is judged next; this one has yet to find room.
+            found = (one for one in self.connections if one is connection or not one.whole)
+            largest = max(found, key=lambda one: len(one.body))
             self.refused(largest, Refusal(503, "too much in flight, send it again later"))
         try:
-            if connection.head is None and not connection.lingers:
+            if connection.body and not connection.head:
                 self.take_head(connection)
         except Refusal as refusal:
             self.refused(connection, refusal)
-        head, here = connection.head, connection in self.connections
-        if head and here and not connection.whole and len(connection.buffer) >= head.length:
-            connection.whole, connection.body = True, self.take(connection, head.length)
-            self.held += head.length
-            self.rearm(connection)
-            self.arrived.append(connection)
+        head = connection.head
+        if head and len(connection.body) > head.length:
+            connection.lingers = True
+            self.held -= len(connection.body) - head.length
+            del connection.body[head.length :]
 
     def take_head(self, connection: Connection) -> None:
-        """Take a head out of a connection's buffer, once it is whole, and have it checked."""
-        end = connection.buffer.find(b"\r\n\r\n", 0, HEAD_MAX + 4)
+        """Take a head out of what a connection has sent, once it is whole, and have it checked."""
+        end = connection.body.find(b"\r\n\r\n", 0, HEAD_MAX + 4)
         if end < 0:
-            check_start(bytes(connection.buffer))
+            check_start(bytes(connection.body))
             return
-        connection.head = head = read_head(bytes(self.take(connection, end + 4)[:end]))
-        connection.client = connection.peer
-        if "x-forwarded-for" in head.fields and LOOPBACK.match(connection.peer):
-            # By a proxy here. What cannot be read as an address is one that is allowed nowhere.
-            last = head.fields["x-forwarded-for"].rpartition(",")[2].strip()
-            readable = re.fullmatch("[0-9A-Fa-f.:]+", last)
-            connection.client = last.removeprefix("::ffff:") if readable else "unreadable"
+        connection.head = head = read_head(bytes(connection.body[:end]))
+        del connection.body[: end + 4]
+        self.held -= end + 4
         self.check(head, connection.client)
-        if head.fields.get("expect", "").lower() == "100-continue" and not connection.buffer:
+        if head.fields.get("expect", "").lower() == "100-continue" and not connection.body:
             self.send(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def reply(self, connection: Connection, status: int, text: str) -> None:
         """Answer in one write, then keep, close or linger: an unread body is never a request."""
-        head, whole = connection.head, connection.whole
-        if head and not whole and len(connection.buffer) >= head.length:
-            self.take(connection, head.length)
-            whole = True
-        keep = whole and head and head.keep_alive and self.listeners
+        head = connection.head
+        connection.lingers |= not connection.whole
+        keep = not connection.lingers and head.keep_alive and self.listeners
         body = b"" if head and head.method == "HEAD" else f"{text}\n".encode()
         answer = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
                   f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
                   + "Allow: POST\r\n" * (status == 405)
                   + ("\r\n" if keep else "Connection: close\r\n\r\n"))
-        self.held -= len(connection.body)
-        connection.head, connection.whole, connection.body = None, False, b""
+        self.clear(connection)
         self.send(connection, answer.encode() + body)
-        if connection not in self.connections:
-            return
-        if keep:
-            self.rearm(connection)
-            self.pipelined += [connection] if connection.buffer else []
-        elif whole:
-            self.drop(connection)
-        else:  # a close would be a reset, which takes the answer from a sender still sending
-            self.take(connection, len(connection.buffer))
-            connection.lingers = True
+        if connection.lingers:  # a close would be a reset, and take the answer from the sender
             with contextlib.suppress(OSError):
                 connection.sock.shutdown(socket.SHUT_WR)
+        elif keep and connection in self.connections:
+            self.rearm(connection)
+        else:
+            self.drop(connection)
 
     def send(self, connection: Connection, data: bytes) -> None:
         """Send a few bytes at once; who has no room for them does not listen."""
@@ -1549,15 +1537,25 @@ class Server:
                 return
         self.drop(connection)
 
-    def fail(self) -> None:
-        """Answer 500 to whoever still waits after a bug of ours."""
-        for connection in [one for one in self.connections if one.whole]:
-            self.reply(connection, 500, "a bug in hookd")
-
 
 # ============================================================================== systemd and log
 # What hookd tells the machine it runs on. A stuck syslog or terminal must not delay a delivery:
 # a line that cannot be written at once is dropped, counted, and told of later.
+
+
+def datagram(path: str, patience: float, text: str, *files: int) -> bool:
+    """Send a datagram to whoever has that name now: a restarted syslog has another socket."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(patience)
+        sock.connect(path)
+        return socket.send_fds(sock, [text.encode("utf-8", "replace")], list(files)) > 0
+    return False
+
+
+def notify(text: str, *files: int) -> None:
+    """Tell systemd, where it listens (sd_notify(3)); descriptors go with FDSTORE=1."""
+    if "NOTIFY_SOCKET" in os.environ:
+        datagram(re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]), 1.0, text, *files)
 
 
 class LogHandler(logging.Handler):
@@ -1569,18 +1567,19 @@ class LogHandler(logging.Handler):
     def __init__(self, path: str, stderr: bool) -> None:
         super().__init__()
         self.path, self.stderr, self.lost = path, stderr, 0
-        self.times = logging.Formatter("%(asctime)s %(levelname)s: %(message)s")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, its traceback in the same line, with nothing that a terminal obeys."""
         lost = f" (lost {self.lost} lines before this one)" if self.lost else ""
-        priority = 3 << 3 | {"INFO": 6, "WARNING": 4}.get(record.levelname, 3)  # syslog(3): daemon
-        line = f"<{priority}>hookd[{os.getpid()}]: {escape(self.format(record) + lost)}"
-        told = bool(self.path) and datagram(self.path, 0.0, line)
+        text = escape(self.format(record) + lost)
+        priority = {"INFO": 30, "WARNING": 28}.get(record.levelname, 27)  # of daemon.*, syslog(3)
+        line = f"<{priority}>hookd[{os.getpid()}]: {text}"
+        told = bool(self.path) and datagram(self.path, 0, line)
         with contextlib.suppress(OSError):
             if not told and self.stderr and select.select([], [2], [], 0)[1]:
-                data = f"{escape(self.times.format(record) + lost)}\n".encode("utf-8", "replace")
-                told = os.write(2, data[: select.PIPE_BUF]) > 0  # a pipe has as much room (pipe(7))
+                line = f"{logging.Formatter().formatTime(record)} {record.levelname}: {text}"
+                room = select.PIPE_BUF - 1  # a pipe has as much (pipe(7))
+                told = os.write(2, line.encode("utf-8", "replace")[:room] + b"\n") > 0
         self.lost = 0 if told else self.lost + 1
 
 
@@ -1600,8 +1599,7 @@ class Noise:
 
     def add(self, refusal: Refusal, client: str) -> None:
         kind, self.client = f"{refusal.reason} status={refusal.status}", client or "unix"
-        if self.until == NEVER:
-            self.until = time.monotonic() + NOISE_SECONDS
+        self.until = min(self.until, time.monotonic() + NOISE_SECONDS)
         if kind not in self.counts:
             log.warning("refused a request: %s client=%s", kind, self.client)
         self.counts[kind] = self.counts.get(kind, -1) + 1
@@ -1615,21 +1613,6 @@ class Noise:
             # What goes on is not told singly again.
             self.counts = {kind: 0 for kind, n in self.counts.items() if n}
             self.until = time.monotonic() + NOISE_SECONDS if self.counts else NEVER
-
-
-def notify(text: str, *files: int) -> None:
-    """Tell systemd, where it listens (sd_notify(3)); descriptors go with FDSTORE=1."""
-    if "NOTIFY_SOCKET" in os.environ:
-        datagram(re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"]), 1.0, text, *files)
-
-
-def datagram(path: str, patience: float, text: str, *files: int) -> bool:
-    """Send a datagram to whoever has that name now: a restarted syslog has another socket."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(patience)
-        sock.connect(path)
-        return socket.send_fds(sock, [text.encode("utf-8", "replace")], list(files)) > 0
-    return False
 
 
 def passed_count() -> int:
@@ -1651,24 +1634,24 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
 
 def open_socket(wanted: str) -> socket.socket:
     """Bind and listen; raise OSError. A unix socket that a killed hookd left is replaced."""
-    host, _, port = wanted.rpartition(":")
+    family, name = socket.AF_UNIX, wanted[5:]  # type: int, Any
     try:
-        if host == "unix":
-            sock, name = socket.socket(socket.AF_UNIX), port  # type: socket.socket, Any
-            with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        if wanted.startswith("unix:"):
+            with socket.socket(family) as probe:
                 if probe.connect_ex(name) == errno.ECONNREFUSED:
                     os.unlink(name)
         else:
-            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            host, _, port = wanted.rpartition(":")
+            found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
             family, *_, name = found[0]
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(name)
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         remedy = "stop who has it, or change listen" if taken else "change listen"
-        raise OSError(f"cannot listen on {wanted}: {error.strerror}; {remedy}") from None
-    if host == "unix":
+        raise OSError(f"cannot listen on {wanted}: {error.strerror or error}; {remedy}") from None
+    if family == socket.AF_UNIX:
         os.chmod(name, 0o666)  # as open as 127.0.0.1 is; the signature is the guard
     sock.listen(4096)  # enough of a queue for a restart
     return sock
@@ -1827,7 +1810,8 @@ class Daemon:
                 self.turn()
             except Exception:
                 log.exception("a bug in hookd; it goes on, please report this")
-                self.server.fail()
+                for sender in [one for one in self.server.connections if one.whole]:
+                    self.server.reply(sender, 500, "a bug in hookd")
                 self.look_at = time.monotonic() + 1
         self.part()
         return 0
