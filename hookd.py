@@ -2417,13 +2417,13 @@ def post(config: Config, body: bytes, fields: Mapping[str, str]) -> tuple[int, s
     """POST to the running daemon, at the address that it noted; return status and text."""
     from http.client import HTTPConnection, HTTPException
     where, link = daemon_address(config), HTTPConnection("localhost")
-    host, _, port = where.rpartition(":")
     try:
-        if host == "unix":
+        if where.startswith("unix:"):
             link.sock = socket.socket(socket.AF_UNIX)
             link.sock.settimeout(REQUEST_SECONDS)
-            link.sock.connect(port)
+            link.sock.connect(where[5:])
         else:  # 0.0.0.0 and :: lead to this machine
+            host, _, port = where.rpartition(":")
             link.sock = socket.create_connection((host.strip("[]"), int(port)), REQUEST_SECONDS)
         if config.tls_cert:
             import ssl

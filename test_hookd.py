@@ -1384,15 +1384,15 @@ class Delivery(Case):
                 status = None
         self.assertIsNone(status, "closed after an answer that need not close")
 
-    def test_requests_sent_at_once_are_answered_in_order_or_not_at_all(self):
+    def test_what_is_sent_behind_a_request_is_never_taken_for_one(self):
         daemon = self.serve(hook("true"))
         with closing(daemon.connect()) as one, one.makefile("rb") as stream:
             one.sendall(request(push_of()) + request(b"{}", X_GitHub_Event="ping")
                         + request(b"x", "wrong") + request(push_of()))
-            statuses = [read_answer(stream).status for _ in range(4)]
-        answered = statuses.index(0) if 0 in statuses else 4  # it may close instead
-        self.assertGreater(answered, 0)
-        self.assertEqual(statuses, [202, 200, 403, 202][:answered] + [0] * (4 - answered))
+            answers = [read_answer(stream) for _ in range(2)]
+        self.assertEqual([answer.status for answer in answers], [202, 0])
+        self.assertEqual(answers[0].headers["connection"], "close")
+        self.assertEqual(len(daemon.settle()), 1)
 
     def test_a_body_that_is_refused_is_never_the_next_request(self):
         daemon = self.serve(hook(NOTE), path="/hook")
@@ -3118,9 +3118,12 @@ class CommandLine(Case):
         self.assertNotIn("Traceback", told.err)
 
     def test_send_finds_a_daemon_on_a_unix_socket(self):
-        daemon = self.serve(hook(NOTE), listen=f"unix:{self.home}/hookd.sock", path="/hook-1f2e")
-        self.assertEqual(daemon.hookd("send", "--wait", "octo/site", "main").code, 0)
-        self.assertEqual(len(daemon.seen()), 1)
+        for number, name in enumerate(("hookd.sock", "of:octo.sock"), 1):
+            with self.subTest(name):
+                daemon = self.serve(hook(NOTE), listen=f"unix:{self.home}/{name}", path="/1f2e")
+                self.assertEqual(daemon.hookd("send", "--wait", "octo/site", "main").code, 0)
+                self.assertEqual(len(daemon.seen()), number)
+                daemon.stop()
 
     def test_status_is_a_table_for_people_and_its_exit_status_for_programs(self):
         daemon = self.serve(hook("true"), hook("exit 3", "a-branch-with-a-rather-long-name"))
@@ -3246,6 +3249,12 @@ class CommandLine(Case):
         heard = os.read(master, 4096)
         os.close(master)
         self.assertRegex(heard, b"hookd|listening")
+
+    def test_a_long_line_on_standard_error_ends_before_the_next(self):
+        code = "import hookd; hookd.open_log('stderr'); [hookd.log.info('x' * 9999) for _ in '12']"
+        told = subprocess.run([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE,
+                              env=clean_environment(), check=True).stderr
+        self.assertEqual((told.count(b"INFO"), told.count(b"\n")), (2, 2))
 
     @unittest.skipIf(Path("/dev/log").exists(), "a syslog answers on this machine")
     def test_where_no_syslog_answers_the_log_goes_to_standard_error(self):
@@ -3474,6 +3483,27 @@ class Hostile(Case):
                 with suppress(OSError):
                     refused.append(one.recv(12))
             self.assertIn(b"HTTP/1.1 503", refused)
+
+    def test_a_request_that_fills_the_room_by_its_end_is_answered_once(self):
+        def refused(connection, refusal):
+            server.reply(connection, refusal.status, refusal.reason)
+
+        ear, waker = socket.socketpair()
+        listener = hookd.open_socket("127.0.0.1:0")
+        server = hookd.Server(lambda *_: None, refused, ear)
+        with ear, waker, listener, closing(server.selector):
+            server.listen([listener])
+            server.room = 2000
+            with socket.create_connection(listener.getsockname(), PATIENCE) as one:
+                one.sendall(request(b"", Content_Length=2200) + b"x" * 1500)
+                wait_for(lambda: server.poll(0.1) or server.held == 1500, "the first part")
+                one.sendall(b"x" * 700)
+                wait_for(lambda: server.poll(0.1) or server.held == 0, "the refusal")
+                one.shutdown(socket.SHUT_WR)
+                wait_for(lambda: server.poll(0.1) or not server.connections, "the end")
+                with one.makefile("rb") as stream:
+                    said = [read_answer(stream).status for _ in range(2)]
+        self.assertEqual(said, [503, 0])
 
     def test_memory_and_descriptors_come_back_down(self):
         daemon = self.serve(hook("true"))
