@@ -106,14 +106,14 @@ def short_name(ref: str) -> str:
 
 
 def slug(branch: str) -> str:
-    """Spell a branch as a DNS label that no other branch shares.
+    """Spell a branch, or a folder, UTF-8 or not, as a DNS label that no other shares.
 
     A hash ends it where spelling lost something, or where the name itself ends like a hash.
     """
     label = re.sub(r"[^a-z0-9]", "-", branch.lower()).strip("-")
     if label == branch and len(label) <= 63 and not re.search(r"(^|-)[0-9a-f]{8}$", label):
         return label
-    digest = hashlib.sha256(branch.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(branch.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{label[:54].rstrip('-')}-{digest}".lstrip("-")
 
 

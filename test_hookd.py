@@ -960,7 +960,8 @@ class PureConfiguration(unittest.TestCase):
         letters = ("a", "A", "-", "/", "1", "_", "é")
         names = {"".join(word) for size in range(1, 6)
                  for word in itertools.product(letters, repeat=size)}
-        names |= {"x" * 62, "x" * 63, "x" * 64, "x" * 200, "-" * 70, "日本", "İ", "ß", "."}
+        names |= {"x" * 62, "x" * 63, "x" * 64, "x" * 200, "-" * 70, "日本", "İ", "ß", ".",
+                  "\udcff"}
         names |= {hookd.slug(name) for name in list(names)}
         slugs = {}
         for name in names:
