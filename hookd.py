@@ -937,14 +937,13 @@ class Store:
             OR r.state = 'interrupted' AND r.attempts = 1 AND r.pid = 0""")
         return [run for run in cut if not (run.pid and os.path.exists(f"/proc/{run.pid}"))]
 
-    def requeue(self, run: Run) -> bool:
-        """Queue a run that was cut off again; False for its second time, or a foreground run."""
-        note = "cut off twice" if run.attempts > 1 else ""
+    def requeue(self, run: Run) -> str:
+        """Queue again a run that was cut off, once; else return why not."""
+        note = "begun by hand" if run.pid else "cut off twice" if run.attempts > 1 else ""
         self.finish(run.id, Outcome("interrupted", 1, note), run.push.commit, 0.0)
-        again = not (note or run.pid)
-        if again:
+        if not note:
             self.execute("UPDATE runs SET state = 'queued' WHERE id = ?", run.id)
-        return again
+        return note
 
 
 # ========================================================================================= work
@@ -1974,9 +1973,9 @@ class Daemon:
     def requeue(self, cut: Sequence[Run]) -> None:
         """Queue again what was cut off, before any newer push of its target can begin."""
         for run in cut:
-            again = self.store.requeue(run)
-            told = "runs again" if again else "stays so, that was its second time"
-            level = logging.WARNING if again else logging.ERROR
+            note = self.store.requeue(run)
+            told = f"stays so, {note}" if note else "runs again"
+            level = logging.ERROR if note else logging.WARNING
             line = ("run %d was interrupted and %s: %s", run.id, told, run.push)
             self.after.append(partial(log.log, level, *line))
             hook = self.config.hooks.get(run.target.hook)
