@@ -10,7 +10,7 @@ The life of a delivery:
  3. Judgement, pure functions, finds the hook: the first section of the ini that matches.
  4. The push becomes a row in SQLite, on disk before the sender reads 202.
  5. A waiting run of the same target steps back: the newest push stands for all before it.
- 6. When a job and the directory's lock are free, a thread takes the run.
+ 6. When one of the `jobs` and the directory's lock are free, a thread takes the run.
  7. With `git`, the directory becomes the branch's newest commit, whatever the push said.
  8. The command runs under `sh -e` in a session of its own, its output and its time bounded.
  9. How it ended goes into history and log; on_success or on_failure follow.
@@ -78,7 +78,8 @@ log = logging.getLogger("hookd")
 
 
 # ======================================================================================= errors
-# One class for each audience. Anything else that is raised is our bug.
+# One class for each audience. SystemExit is for who typed a verb; OSError and sqlite3.Error are the
+# machine's, ValueError is a parser's. Anything else that is raised is our bug.
 
 
 class ConfigError(Exception):
@@ -145,7 +146,7 @@ class Request(NamedTuple):
 
 
 class Push(NamedTuple):
-    """Hold what one event says of one ref; a deletion has no commit."""
+    """Hold what one event says of one ref; a deletion and a release have no commit."""
 
     event: str
     repo: str
@@ -209,9 +210,9 @@ class Outcome(NamedTuple):
 
 
 # ================================================================================ configuration
-# Text to values. Each key of the ini is a field of Hook or Config with its default and a parser,
-# which raises ValueError("fault; remedy"). A setting is parsed once, where it stands, used or not.
-# All problems are collected and told in one go.
+# Text to values. Each key of the ini but SECRETS is a field of Hook or Config with its default and
+# a parser, which raises ValueError("fault; remedy"). A setting is parsed once, where it stands,
+# used or not. All problems are collected and told in one go.
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "K": 1024, "M": 1024**2, "G": 1024**3}
 BOOLEANS = configparser.RawConfigParser.BOOLEAN_STATES
@@ -315,7 +316,7 @@ class Hook:
         return plain and fnmatchcase(short_name(push.ref), self.pattern)
 
     def named(self, repo: str) -> str:
-        """Spell a repository one way whatever the sender's case: as the ini does."""
+        """Spell a repository one way whatever the sender's case: as the ini does, if it does."""
         return repo.lower() if self.repo.endswith("/*") else self.repo
 
     def target(self, push: Push) -> Target:
@@ -783,7 +784,7 @@ STATUS = """SELECT repo, ref, hook, directory, r.id AS run, nullif(last_state, '
 
 
 class Store:
-    """Keep queue and history in one SQLite file; errors are sqlite3.Error, or a ConfigError.
+    """Keep queue and history in one SQLite file; raise sqlite3.Error, OSError or ConfigError.
 
     One thread uses it. What writes stands inside `with transaction()`.
     """
@@ -880,7 +881,7 @@ class Store:
         self.execute(sql, state, note, time.time(), run)
 
     def is_late(self, key: int, push: Push) -> bool:
-        """Tell whether a newer push of the target was taken already, by GitHub's own clock."""
+        """Tell whether a newer push of the target was taken already, in GitHub's own order."""
         sql = "SELECT 1 FROM targets WHERE id = ? AND pushed_at > ?"
         return bool(push.pushed_at and self.execute(sql, key, push.pushed_at).fetchone())
 
@@ -1086,7 +1087,7 @@ def signal_group(group: int, number: int) -> bool:
 
 
 def end_group(group: int, patience: float = 0.0) -> bool:
-    """End what is left of a process group, by TERM, then KILL; True where there was anything."""
+    """End what is left of a process group after `patience`, by TERM, then KILL; True if it did."""
     signals, due = [signal.SIGTERM, signal.SIGKILL], time.monotonic() + patience
     while signals and signal_group(group, 0):
         if time.monotonic() >= due:
@@ -1153,7 +1154,7 @@ def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
 
 
 def git_steps(directory: str, ref: str, new_url: str) -> Iterator[list[str]]:
-    """Make a directory the newest commit of a ref, step by step; submodules come along."""
+    """Yield what git is to do to make a directory a ref's newest commit, with its submodules."""
     yield ["init", "-q"]  # makes what is missing, and nothing else
     if new_url:
         yield ["config", "remote.origin.url", new_url]
@@ -1337,8 +1338,7 @@ class Job:
 #
 # Three bounds hold whatever is sent. A request has REQUEST_SECONDS. All bodies together have
 # `room` bytes, and when these are used up the largest unfinished one gives way. There are at most
-# CONNECTIONS_MAX connections, and the one that waited longest gives way. A small signed push is
-# never the largest and never the oldest.
+# CONNECTIONS_MAX connections; the one that waited longest gives way. A small push is rarely either.
 #
 # What a sender sends behind a request, before its answer, is thrown away, and the connection is
 # closed with that answer: nothing that was not judged as a head is ever taken for one.
@@ -1679,8 +1679,8 @@ def tls_context(config: Config) -> ssl.SSLContext | None:
 
 # ======================================================================================= daemon
 # The one part that knows all the others: deliveries come in, rows are written, jobs go out. Only
-# the main thread decides, and only it touches the database, the sockets and `jobs`. Each turn of
-# its loop is one transaction (`advance`): the steps that other threads left in `inbox`, the pushes
+# the main thread decides, and only it touches the database, the sockets and `jobs`. A turn of its
+# loop is at most one transaction (`advance`): the steps that threads left in `inbox`, the pushes
 # that came, the runs that begin. What follows from these waits in `after` until they are on disk.
 #
 # A job's thread carries out one run; others ask the remotes and clean up after a crash. Each
@@ -1887,8 +1887,8 @@ class Daemon:
     def advance(self, accepted: Sequence[tuple[Connection, Decision]]) -> None:
         """Take a step of the queue, in one transaction: what ended, what came, what begins.
 
-        Inside it only the database is touched. All that depends on it stands in `after` and comes
-        when it is on disk: the answers, the runs that begin, most lines of the log.
+        Inside it nothing is done that a rollback would make wrong, but for locks: see `undo`. The
+        rest stands in `after` until it is on disk: answers, runs that begin, most of the log.
         """
         self.look_at, now = NEVER, time.monotonic()
         steps, self.after = self.inbox[:], []
@@ -1940,7 +1940,7 @@ class Daemon:
         return 202, f"queued run {number}: {push}{place}"
 
     def catch_up(self, hook: Hook, push: Push) -> None:
-        """Queue a branch's newest commit, if no run ever took it."""
+        """Queue a branch's newest commit, if it was never considered."""
         key = self.store.target_id(hook.target(push))
         if self.store.is_news(key, push.commit):
             number = self.store.add(key, push, "catch-up", push_json(push))
@@ -2009,7 +2009,7 @@ class Daemon:
                     self.look_at = min(self.look_at, max(due, now + 0.5 * (now >= due)))
 
     def job(self, run: Run, hook: Hook) -> Job | None:
-        """Return a run's Job with its locks; None while somebody has them, which is told once."""
+        """Return a run's Job with its locks; None while it cannot have them, which is told once."""
         state, names = self.config.state, lock_names(hook, run.target)
         try:
             locks, problem = take_locks(state, names, f"hookd {os.getpid()} run {run.id}"), "held"
@@ -2300,7 +2300,7 @@ def serve(config: Config, options: argparse.Namespace) -> int:
 
 
 def examine_hook(config: Config, hook: Hook) -> Iterator[str]:
-    """Find what is wrong with what a hook names, and with those before it."""
+    """Find what is wrong with what a hook names, or with its place below those before it."""
     user, mine = f"the user {user_name()}", config.hooks_for(hook.repo)
     for other in mine[: mine.index(hook)]:
         same = short_name(hook.pattern) == short_name(other.pattern)
@@ -2476,7 +2476,7 @@ def send(config: Config, options: argparse.Namespace) -> int:
 
 
 def has_history(config: Config) -> bool:
-    """Tell whether hookd ever ran here; raise PermissionError where we may not know."""
+    """Tell, a person too, whether hookd ever ran here; raise PermissionError if we may not know."""
     with contextlib.suppress(FileNotFoundError):
         if "hookd.db" in os.listdir(config.state):
             return True
