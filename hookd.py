@@ -64,7 +64,7 @@ DRAIN_SECONDS = 60.0  # for running commands at a stop; the unit's TimeoutStopSe
 PART_SECONDS = 2.0  # at a stop, for requests that have begun
 GIT_SECONDS = 60.0  # for a question to git
 BUSY_SECONDS = 3.0  # for a database that another program has locked
-NOISE_SECONDS = 60.0
+NOISE_SECONDS = 60.0  # before what goes wrong over and over is told, or tried, again
 LINE_MAX, HEAD_MAX, FIELDS_MAX = 8 * 1024, 16 * 1024, 100  # GitHub's heads have about 1 KB
 BODIES_MAX = 32 * 1024**2  # all bodies in flight together
 CONNECTIONS_MAX = 4000
@@ -1513,7 +1513,7 @@ class Server:
         """Answer in one write, then keep, close or linger: an unread body is never a request."""
         head = connection.head
         connection.lingers |= not connection.whole
-        keep = not connection.lingers and head.keep_alive and self.listeners
+        keep = not connection.lingers and head.keep_alive and self.listeners  # at a stop: none
         body = b"" if head and head.method == "HEAD" else f"{text}\n".encode()
         answer = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
                   f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
@@ -1721,7 +1721,7 @@ class Remotes:
     def __init__(self, daemon: Daemon) -> None:
         self.daemon, self.at = daemon, 0.0  # when the next is to be asked
         self.next: dict[str, float] = {}  # by section
-        self.down: set[str] = set()
+        self.down: set[str] = set()  # those that did not answer, which is told once
 
     def start(self) -> None:
         """Ask those whose time has come, in a thread of their own."""
@@ -1832,7 +1832,7 @@ class Daemon:
         if now >= self.stop_at:
             for job in self.jobs.values():
                 job.end("interrupted", "hookd was stopped")
-            self.stop_at = now + 1
+            self.stop_at = now + 1  # again: on_failure may have begun since
         if now >= self.beat_at:
             notify("WATCHDOG=1")
             self.beat_at = now + self.beat
@@ -1879,7 +1879,7 @@ class Daemon:
 
     def tell(self, sender: Connection, status: int, text: str) -> None:
         """Answer a signed delivery and log the same."""
-        client, delivery = sender.client or "unix", sender.head.delivery
+        client, delivery = sender.client or "unix", sender.head.delivery  # the answer clears them
         self.answer(sender, status, text)
         level = {2: logging.INFO, 4: logging.WARNING}.get(status // 100, logging.ERROR)
         log.log(level, "%s delivery=%s client=%s", text, delivery, client)
@@ -2128,7 +2128,7 @@ class Daemon:
         listeners = self.server.listeners
         self.server.listen([])
         self.advance([])  # what ended last
-        until = self.stop_at = time.monotonic() + PART_SECONDS
+        until = self.stop_at = time.monotonic() + PART_SECONDS  # the last turn ends by then
         while self.server.connections and time.monotonic() < until:
             self.turn()
         if self.config.listen.startswith("unix:") and not os.environ.get("NOTIFY_SOCKET"):
@@ -2542,7 +2542,7 @@ def secret(config: Config, options: argparse.Namespace) -> int:
 
 
 VERBS = {"serve": serve, "check": check, "run": run, "send": send, "status": status,
-         "log": show_log, "secret": secret}
+         "log": show_log, "secret": secret}  # their docstrings are what --help says
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
