@@ -987,6 +987,14 @@ def run_file(state: str, run: int, name: str = "") -> str:
     return os.path.join(state, "runs", str(run), name)
 
 
+def forget(state: str, run: int) -> None:
+    """Remove a run's files."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(run_file(state, run)):
+            os.unlink(run_file(state, run, name))
+        os.rmdir(run_file(state, run))
+
+
 def private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -1347,6 +1355,52 @@ SSL_WANT_READ = 2  # ssl.SSL_ERROR_WANT_READ; ssl is imported only where it is u
 LOOPBACK = re.compile(r"127\.|::1$|$")  # a unix socket's peer has no name
 
 
+def open_socket(wanted: str) -> socket.socket:
+    """Bind and listen; raise OSError. A unix socket that a killed hookd left is replaced."""
+    family, name = socket.AF_UNIX, wanted[5:]  # type: int, Any
+    try:
+        if wanted.startswith("unix:"):
+            with socket.socket(family) as probe:
+                if probe.connect_ex(name) == errno.ECONNREFUSED:
+                    os.unlink(name)
+        else:
+            host, _, port = wanted.rpartition(":")
+            found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+            family, *_, name = found[0]
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(name)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        remedy = "stop who has it, or change listen" if taken else "change listen"
+        raise OSError(f"cannot listen on {wanted}: {error.strerror or error}; {remedy}") from None
+    if family == socket.AF_UNIX:
+        os.chmod(name, 0o666)  # as open as 127.0.0.1 is; the signature is the guard
+    sock.listen(4096)  # enough of a queue for a restart
+    return sock
+
+
+def bound_address(sock: socket.socket) -> str:
+    name = sock.getsockname()
+    if isinstance(name, str):
+        return f"unix:{name}"
+    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """Return what serves tls_cert, None without; raise OSError."""
+    if not config.tls_cert:
+        return None
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except OSError as error:
+        raise OSError(f"tls_cert and tls_key cannot be used: {error}") from None
+    return context
+
+
 class Connection:
     """Hold one sender's socket, what it has sent, and until when it may go on."""
 
@@ -1631,52 +1685,6 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
     return found
 
 
-def open_socket(wanted: str) -> socket.socket:
-    """Bind and listen; raise OSError. A unix socket that a killed hookd left is replaced."""
-    family, name = socket.AF_UNIX, wanted[5:]  # type: int, Any
-    try:
-        if wanted.startswith("unix:"):
-            with socket.socket(family) as probe:
-                if probe.connect_ex(name) == errno.ECONNREFUSED:
-                    os.unlink(name)
-        else:
-            host, _, port = wanted.rpartition(":")
-            found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-            family, *_, name = found[0]
-        sock = socket.socket(family)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(name)
-    except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
-        remedy = "stop who has it, or change listen" if taken else "change listen"
-        raise OSError(f"cannot listen on {wanted}: {error.strerror or error}; {remedy}") from None
-    if family == socket.AF_UNIX:
-        os.chmod(name, 0o666)  # as open as 127.0.0.1 is; the signature is the guard
-    sock.listen(4096)  # enough of a queue for a restart
-    return sock
-
-
-def bound_address(sock: socket.socket) -> str:
-    name = sock.getsockname()
-    if isinstance(name, str):
-        return f"unix:{name}"
-    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
-
-
-def tls_context(config: Config) -> ssl.SSLContext | None:
-    """Return what serves tls_cert, None without; raise OSError."""
-    if not config.tls_cert:
-        return None
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except OSError as error:
-        raise OSError(f"tls_cert and tls_key cannot be used: {error}") from None
-    return context
-
-
 # ======================================================================================= daemon
 # The one part that knows all the others: deliveries come in, rows are written, jobs go out. Only
 # the main thread decides, and only it touches the database, the sockets and `jobs`. A turn of its
@@ -1705,14 +1713,6 @@ def report(job: Job, outcome: Outcome, duration: float) -> None:
     if outcome.state in ("failed", "timeout"):
         for line in job.output.tail[-4096:].decode("utf-8", "replace").splitlines()[-TOLD_LINES:]:
             log.warning("run %d said: %s", run.id, line)
-
-
-def forget(state: str, run: int) -> None:
-    """Remove a run's files."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir(run_file(state, run)):
-            os.unlink(run_file(state, run, name))
-        os.rmdir(run_file(state, run))
 
 
 class Remotes:
