@@ -74,6 +74,7 @@ OUTPUT_HEAD, OUTPUT_TAIL = 1024**2, 256 * 1024  # what is kept of a run's output
 VARIABLE_MAX = 64 * 1024
 TOLD_LINES = 10  # of a failed run's output, in the log
 
+Body = Union[bytes, bytearray]
 log = logging.getLogger("hookd")
 
 
@@ -182,7 +183,7 @@ class Decision(NamedTuple):
     text: str
     hook: Hook | None = None
     push: Push | None = None
-    payload: bytes | bytearray = b""
+    payload: Body = b""
 
 
 class Run(NamedTuple):
@@ -495,7 +496,6 @@ class Ini:
 # What GitHub sends: https://docs.github.com/webhooks/webhook-events-and-payloads, and how it signs:
 # https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries
 
-Body = Union[bytes, bytearray]
 REQUEST_LINE = re.compile(rb"[A-Za-z][!#$%&'*+.^_`|~0-9A-Za-z-]* [!-~]+ HTTP/1\.[01]\r")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
