@@ -1952,12 +1952,8 @@ class Daemon:
     def recover(self) -> None:
         """At the start, have a thread end what a killed hookd left running."""
         cut = self.store.cut_off()
-
-        def start() -> None:
-            if not start_thread(self.clean_up, cut):
-                self.clean_up(cut)
-
-        self.after.append(start)
+        self.after.append(
+            lambda: None if start_thread(self.clean_up, cut) else self.clean_up(cut))
 
     def clean_up(self, cut: Sequence[Run]) -> None:
         """End the survivors of a crash: the root of a thread."""
