@@ -2111,8 +2111,7 @@ class Daemon:
                     fault = f"[hookd] {key}: changed; restart hookd for that"
                     raise ConfigError(f"{config.place}: {fault}")
             self.apply(config, {})
-            self.remotes.next.clear()
-            self.remotes.at = 0.0
+            self.remotes.next, self.remotes.at = {}, 0.0
             log.info("reloaded: listening on %s hooks=%d", self.where, len(config.hooks))
         except (ConfigError, OSError) as error:
             for problem in getattr(error, "problems", (str(error),)):
