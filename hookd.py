@@ -1822,8 +1822,7 @@ class Daemon:
         while self.signals:
             self.obey(self.signals.pop(0))
         self.noise.settle()
-        judged = [(sender, self.judge(sender)) for sender in senders]
-        accepted = [(sender, decision) for sender, decision in judged if decision]
+        accepted = [(one, decision) for one in senders if (decision := self.judge(one))]
         if accepted or time.monotonic() >= self.look_at:
             self.advance(accepted)
         now = time.monotonic()
@@ -1993,7 +1992,7 @@ class Daemon:
                 self.after.append(partial(log.warning, *told))
             elif free and run.target not in busy:
                 # A burst is one run and one more: what comes behind a run waits for its end.
-                first, newest = self.calm.get(run.target, (now - 1.0, now - 1.0))
+                first, newest = self.calm.get(run.target, (0.0, 0.0))
                 due = min(first + 1.0, newest + 0.05)
                 job = self.job(run, hook) if now >= due else None
                 if job:
@@ -2002,7 +2001,7 @@ class Daemon:
                     self.after.append(partial(self.begin, job))
                     free -= 1
                 else:
-                    self.look_at = min(self.look_at, max(due, now + 0.5 * (now >= due)))
+                    self.look_at = min(self.look_at, due if now < due else now + 0.5)
 
     def job(self, run: Run, hook: Hook) -> Job | None:
         """Return a run's Job with its locks; None while it cannot have them, which is told once."""
