@@ -2461,7 +2461,7 @@ def send(config: Config, options: argparse.Namespace) -> int:
     status, text = post(config, body, {
         "Content-Type": JSON, "X-GitHub-Delivery": delivery,
         "X-GitHub-Event": push.event,
-        "X-Hub-Signature-256": f"sha256={hmac.new(secrets[0], body, 'sha256').hexdigest()}"})
+        "X-Hub-Signature-256": f"sha256={hmac.digest(secrets[0], body, 'sha256').hex()}"})
     print(text)
     if options.wait and (status == 202 or config.quiet):
         for row in Store(config.state).runs("WHERE r.delivery = ?", delivery):
