@@ -156,7 +156,7 @@ class Push(NamedTuple):
     before: str = ""
     pusher: str = ""
     deleted: bool = False
-    pushed_at: int = 0  # what orders the pushes of a target
+    order: int = 0  # what orders the pushes of a target
 
     @property
     def place(self) -> str:
@@ -657,7 +657,7 @@ def read_workflow_run(data: Any, repo: str) -> Push | None:
     commit = needed(COMMIT, text_of(run, "head_sha"), "commit")
     # The id grows with each new run: the slow check of an old push comes late.
     return Push("workflow_run", repo, ref, commit, pusher=text_of(run, "actor", "login"),
-                pushed_at=order_of(run, "id"))
+                order=order_of(run, "id"))
 
 
 def read_release(data: Any, repo: str) -> Push | None:
@@ -864,7 +864,7 @@ class Store:
     def consider(self, key: int, push: Push) -> None:
         """Note a push that is taken, or passed over for good: catch-up need not find it."""
         sql = "UPDATE targets SET newest = ?, pushed_at = max(pushed_at, ?) WHERE id = ?"
-        self.execute(sql, push.commit, push.pushed_at, key)
+        self.execute(sql, push.commit, push.order, key)
 
     def supersede(self, key: int) -> list[int]:
         """Let the newest waiting run of a target stand for the others; return their numbers."""
@@ -883,7 +883,7 @@ class Store:
     def is_late(self, key: int, push: Push) -> bool:
         """Tell whether a newer push of the target was taken already, in GitHub's own order."""
         sql = "SELECT 1 FROM targets WHERE id = ? AND pushed_at > ?"
-        return bool(push.pushed_at and self.execute(sql, key, push.pushed_at).fetchone())
+        return bool(push.order and self.execute(sql, key, push.order).fetchone())
 
     def is_news(self, key: int, commit: str) -> bool:
         """Tell whether a branch's newest commit was never considered, and no run is open."""
