@@ -1528,9 +1528,9 @@ class Server:
         elif not connection.lingers:
             if not begun:
                 self.rearm(connection)
-            self.digest(connection, data)
+            self.feed(connection, data)
 
-    def digest(self, connection: Connection, data: bytes) -> None:
+    def feed(self, connection: Connection, data: bytes) -> None:
         """Add to what a connection has sent; its request may be whole by that."""
         connection.body += data
         self.held += len(data)
