@@ -853,24 +853,24 @@ class Store:
         found = self.execute(sql, *target).fetchone()
         return int(found[0] if found else self.execute(new, *target).lastrowid or 0)
 
-    def add(self, key: int, push: Push, delivery: str, payload: Body) -> int:
+    def add(self, target_id: int, push: Push, delivery: str, payload: Body) -> int:
         """Queue a push of the target with this id; return its run's number."""
-        self.consider(key, push)
+        self.consider(target_id, push)
         sql = """INSERT INTO runs (state, target, event, delivery, commit_id, before_id, pusher,
             deleted, queued, payload) VALUES ('queued', ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-        row = (key, push.event, delivery, push.commit, push.before, push.pusher, push.deleted)
+        row = (target_id, push.event, delivery, push.commit, push.before, push.pusher, push.deleted)
         return int(self.execute(sql, *row, time.time(), payload).lastrowid or 0)
 
-    def consider(self, key: int, push: Push) -> None:
+    def consider(self, target_id: int, push: Push) -> None:
         """Note a push that is taken, or passed over for good: catch-up need not find it."""
         sql = "UPDATE targets SET newest = ?, pushed_at = max(pushed_at, ?) WHERE id = ?"
-        self.execute(sql, push.commit, push.order, key)
+        self.execute(sql, push.commit, push.order, target_id)
 
-    def supersede(self, key: int) -> list[int]:
+    def supersede(self, target_id: int) -> list[int]:
         """Let the newest waiting run of a target stand for the others; return their numbers."""
         sql = """SELECT id FROM runs INDEXED BY runs_waiting
             WHERE target = ? AND state = 'queued' ORDER BY id"""
-        waiting = [run for (run,) in self.execute(sql, key)]
+        waiting = [run for (run,) in self.execute(sql, target_id)]
         for old in waiting[:-1]:
             self.dismiss(old, "superseded", f"by run {waiting[-1]}")
         return waiting[:-1]
@@ -880,17 +880,17 @@ class Store:
         sql = "UPDATE runs SET state = ?, note = ?, ended = ?, payload = NULL WHERE id = ?"
         self.execute(sql, state, note, time.time(), run)
 
-    def is_late(self, key: int, push: Push) -> bool:
+    def is_late(self, target_id: int, push: Push) -> bool:
         """Tell whether a newer push of the target was taken already, in GitHub's own order."""
         sql = "SELECT 1 FROM targets WHERE id = ? AND pushed_at > ?"
-        return bool(push.order and self.execute(sql, key, push.order).fetchone())
+        return bool(push.order and self.execute(sql, target_id, push.order).fetchone())
 
-    def is_news(self, key: int, commit: str) -> bool:
+    def is_news(self, target_id: int, commit: str) -> bool:
         """Tell whether a branch's newest commit was never considered, and no run is open."""
         sql = """SELECT 1 FROM targets t WHERE id = ? AND (newest = ? OR EXISTS
             (SELECT 1 FROM runs INDEXED BY runs_open
             WHERE target = t.id AND state IN ('queued', 'running')))"""
-        return not self.execute(sql, key, commit).fetchone()
+        return not self.execute(sql, target_id, commit).fetchone()
 
     def repositories(self, hook: Hook) -> list[str]:
         """Return a hook's repositories: its own, or of its owner's those that pushed before."""
@@ -923,12 +923,12 @@ class Store:
             duration = ?, payload = CASE ? WHEN 'interrupted' THEN payload END WHERE id = ?"""
         self.execute(sql, *outcome, commit, time.time(), duration, outcome.state, run)
 
-    def prune(self, key: int, keep: int) -> list[int]:
+    def prune(self, target_id: int, keep: int) -> list[int]:
         """Forget all but the newest finished runs of a target, and as many superseded ones."""
         gone: list[tuple[int]] = []
         for kind in ("= 'superseded'", "NOT IN ('superseded', 'queued', 'running')"):
             gone += self.execute(f"""SELECT id FROM runs WHERE target = ? AND state {kind}
-                ORDER BY id DESC LIMIT -1 OFFSET ?""", key, keep)
+                ORDER BY id DESC LIMIT -1 OFFSET ?""", target_id, keep)
         self.connect().executemany("DELETE FROM runs WHERE id = ?", gone)
         return [run for (run,) in gone]
 
@@ -1919,16 +1919,16 @@ class Daemon:
         if hook is None or push is None:
             return decision.status, decision.text
         target = hook.target(push)
-        key, now = self.store.target_id(target), time.monotonic()
+        target_id, now = self.store.target_id(target), time.monotonic()
         # With git, whatever comes late deploys the newest commit all the same.
         guarded = hook.queue != "every" and (push.deleted or not hook.git)
-        if guarded and self.store.is_late(key, push):
+        if guarded and self.store.is_late(target_id, push):
             return 200, f"ignored: {push.place} had a newer push already"
         if decision.status != 202:
-            self.store.consider(key, push)
+            self.store.consider(target_id, push)
             return decision.status, decision.text
-        number = self.store.add(key, push, delivery, decision.payload)
-        replaced = self.store.supersede(key) if hook.queue != "every" else []
+        number = self.store.add(target_id, push, delivery, decision.payload)
+        replaced = self.store.supersede(target_id) if hook.queue != "every" else []
         running = [job for job in self.jobs.values() if job.run.target == target]
         if hook.queue != "every" and (running or target in self.calm):
             self.calm[target] = (self.calm.get(target, (now, now))[0], now)
@@ -1940,9 +1940,9 @@ class Daemon:
 
     def catch_up(self, hook: Hook, push: Push) -> None:
         """Queue a branch's newest commit, if it was never considered."""
-        key = self.store.target_id(hook.target(push))
-        if self.store.is_news(key, push.commit):
-            number = self.store.add(key, push, "catch-up", push_json(push))
+        target_id = self.store.target_id(hook.target(push))
+        if self.store.is_news(target_id, push.commit):
+            number = self.store.add(target_id, push, "catch-up", push_json(push))
             told = ("queued run %d: %s, found by catch-up", number, push)
             self.after.append(partial(log.info, *told))
 
