@@ -136,7 +136,7 @@ class Request(NamedTuple):
     """Hold the head of an HTTP request; field names in lower case, values as latin-1 text."""
 
     method: str
-    target: str
+    url: str
     fields: Mapping[str, str]
     length: int
     keep_alive: bool
@@ -553,10 +553,10 @@ def read_head(head: bytes) -> Request:
         if name in fields and name in SINGLE:
             raise Refusal(400, f"{name} given twice")
         fields[name] = match[2].decode("latin-1").rstrip(" \t")
-    method, target, version = first.decode().split(" ")
+    method, url, version = first.decode().split(" ")
     connection = fields.get("connection", "").lower()
     keep_alive = "close" not in connection if version == "HTTP/1.1" else connection == "keep-alive"
-    return Request(method, target, fields, body_length(method, fields), keep_alive)
+    return Request(method, url, fields, body_length(method, fields), keep_alive)
 
 
 def allowed(config: Config, client: str) -> bool:
@@ -570,7 +570,7 @@ def allowed(config: Config, client: str) -> bool:
 def check_head(config: Config, request: Request, client: str) -> None:
     """Refuse what its head alone condemns, before the body is read; the first fault is told."""
     fields, signature = request.fields, request.fields.get("x-hub-signature-256", "")
-    path = re.sub(r"^https?://[^/?#]*", "", request.target).partition("?")[0]
+    path = re.sub(r"^https?://[^/?#]*", "", request.url).partition("?")[0]
     coding = fields.get("content-encoding", "identity").lower()
     kind = fields.get("content-type", "").partition(";")[0].strip().lower()
     stranger = config.allow_from and client and not allowed(config, client)
