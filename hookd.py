@@ -256,26 +256,26 @@ def template(known: str, text: str) -> str:
     return text
 
 
-def form(pattern: str, convert: Callable[[str], Any], what: str, text: str) -> Any:
+def matching(pattern: str, convert: Callable[[str], Any], what: str, text: str) -> Any:
     if not re.fullmatch(pattern, text):
         raise ValueError(f"{text!r} is not {what}")
     return convert(text)
 
 
 def one_of(*words: str) -> Callable[[str], Any]:
-    return partial(form, "|".join(words), str, f"one of {', '.join(words)}; write one of these")
+    return partial(matching, "|".join(words), str, f"one of {', '.join(words)}; write one of these")
 
 
 A_DURATION = "a duration; write it like 90s, 15m, 2h or 1d"
-duration = partial(form, f"{NUMBER}[smhd]", quantity, A_DURATION)
-no_or_duration = partial(form, f"no|{NUMBER}[smhd]", quantity, f"no or {A_DURATION}")
-count = partial(form, NUMBER, int, "a number from 1 up; write it like 2")
-size = partial(form, f"{NUMBER}[KMG]?", quantity, "a size; write it like 64K or 25M")
-yes_or_no = partial(form, f"(?i:{'|'.join(BOOLEANS)})", lambda text: BOOLEANS[text.lower()],
+duration = partial(matching, f"{NUMBER}[smhd]", quantity, A_DURATION)
+no_or_duration = partial(matching, f"no|{NUMBER}[smhd]", quantity, f"no or {A_DURATION}")
+count = partial(matching, NUMBER, int, "a number from 1 up; write it like 2")
+size = partial(matching, f"{NUMBER}[KMG]?", quantity, "a size; write it like 64K or 25M")
+yes_or_no = partial(matching, f"(?i:{'|'.join(BOOLEANS)})", lambda text: BOOLEANS[text.lower()],
                     "yes or no; write one of these")
-address = partial(form, rf"unix:/.+|(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):{PORT}", str,
+address = partial(matching, rf"unix:/.+|(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):{PORT}", str,
                   "an address; write 127.0.0.1:9000, [::1]:9000 or unix:/path")
-url_path = partial(form, r'/[!-"$->@-~]*', str,
+url_path = partial(matching, r'/[!-"$->@-~]*', str,
                    "a URL path; begin with / and use no space, ? or #")
 of_repo = partial(template, "{repo} {owner} {name}")
 of_branch = partial(template, "{repo} {owner} {name} {branch} {slug}")
