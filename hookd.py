@@ -156,7 +156,7 @@ class Push(NamedTuple):
     before: str = ""
     pusher: str = ""
     deleted: bool = False
-    order: int = 0  # what orders the pushes of a target
+    order: int = 0  # among the pushes of a target; 0 where GitHub tells none
 
     @property
     def place(self) -> str:
@@ -329,7 +329,7 @@ class Hook:
 class Config:
     """Hold the whole ini, hooks by section; `secrets` speak for repositories that have no hook."""
 
-    place: str
+    name: str  # of the file
     hooks: Mapping[str, Hook]
     secrets: tuple[bytes, ...] = field(repr=False)
     all_secrets: tuple[bytes, ...] = field(repr=False)
@@ -348,15 +348,15 @@ class Config:
     @cached_property
     def by_repo(self) -> Mapping[str, Mapping[int, Hook]]:
         found: dict[str, dict[int, Hook]] = {}
-        for place, hook in enumerate(self.hooks.values()):
-            found.setdefault(hook.repo.lower(), {})[place] = hook
+        for index, hook in enumerate(self.hooks.values()):
+            found.setdefault(hook.repo.lower(), {})[index] = hook
         return found
 
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         own, owners = repo.lower(), repo.lower().split("/")[0] + "/*"
         found = {**self.by_repo.get(own, {}), **self.by_repo.get(owners, {})}
-        return [found[place] for place in sorted(found)]
+        return [found[index] for index in sorted(found)]
 
 
 DAEMON_KEYS = {one.name: one for one in fields(Config) if one.metadata}
@@ -380,14 +380,14 @@ class Ini:
     file or raises OSError.
     """
 
-    def __init__(self, place: str, base: str, read_secret: Callable[[str, bool], str]) -> None:
-        self.place, self.base, self.read_secret = place, base, read_secret
+    def __init__(self, name: str, base: str, read_secret: Callable[[str, bool], str]) -> None:
+        self.name, self.base, self.read_secret = name, base, read_secret
         self.problems: list[str] = []
         self.found: dict[str, tuple[bytes, ...]] = {}  # secrets by the level that sets them
         self.ini = ini_parser(strict=False)
 
     def problem(self, section: str, key: str, fault: str) -> None:
-        self.problems.append(escape(f"{self.place}: [{section}] {key}".rstrip() + f": {fault}"))
+        self.problems.append(escape(f"{self.name}: [{section}] {key}".rstrip() + f": {fault}"))
 
     def parse(self, text: str) -> None:
         """Let configparser read: leniently, and strictly once more to find a duplicate."""
@@ -399,10 +399,10 @@ class Ini:
             self.problem(error.section, getattr(error, "option", ""), fault)
         except configparser.MissingSectionHeaderError as error:
             fault = "stands before the first [section]; begin with [hookd]"
-            raise ConfigError(f"{self.place}: line {error.lineno} {fault}") from None
+            raise ConfigError(f"{self.name}: line {error.lineno} {fault}") from None
         except configparser.ParsingError as error:  # its own words would show a secret's line
             fault = "is no [section] and no `key = value`; indent it if it continues the one above"
-            told = (f"{self.place}: line {number} {fault}" for number, _ in error.errors)
+            told = (f"{self.name}: line {number} {fault}" for number, _ in error.errors)
             raise ConfigError(*told) from None
 
     def value(self, section: str, key: str, text: str) -> Any:
@@ -488,7 +488,7 @@ class Ini:
         if self.problems:
             raise ConfigError(*self.problems)
         every = tuple(dict.fromkeys(one for level in self.found.values() for one in level))
-        return Config(self.place, hooks, self.found.get("hookd", ()), every, **daemon)
+        return Config(self.name, hooks, self.found.get("hookd", ()), every, **daemon)
 
 
 # ==================================================================================== judgement
@@ -758,7 +758,7 @@ SCHEMA = f"""BEGIN;
 CREATE TABLE IF NOT EXISTS targets (
     id INTEGER PRIMARY KEY, hook TEXT, repo TEXT, ref TEXT, directory TEXT,
     newest TEXT DEFAULT '',       -- the newest commit considered, for catch-up
-    pushed_at INTEGER DEFAULT 0,  -- of the newest push taken
+    pushed_at INTEGER DEFAULT 0,  -- order of the newest push taken
     last_run INTEGER, last_state TEXT DEFAULT '', last_good TEXT DEFAULT '',
     UNIQUE (repo, ref, hook, directory));
 CREATE TABLE IF NOT EXISTS runs (
@@ -1678,10 +1678,10 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
     """Take the listening sockets that systemd passed, by name."""
     found: dict[str, list[socket.socket]] = {}
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    for place in range(passed_count()):
-        os.set_inheritable(3 + place, False)
-        name = names[place] if place < len(names) else ""
-        found.setdefault(name, []).append(socket.socket(fileno=3 + place))
+    for index in range(passed_count()):
+        os.set_inheritable(3 + index, False)
+        name = names[index] if index < len(names) else ""
+        found.setdefault(name, []).append(socket.socket(fileno=3 + index))
     return found
 
 
@@ -2108,7 +2108,7 @@ class Daemon:
             for key in ("state", "log"):
                 if getattr(config, key) != getattr(self.config, key):
                     fault = f"[hookd] {key}: changed; restart hookd for that"
-                    raise ConfigError(f"{config.place}: {fault}")
+                    raise ConfigError(f"{config.name}: {fault}")
             self.apply(config, {})
             self.remotes.next, self.remotes.at = {}, 0.0
             log.info("reloaded: listening on %s hooks=%d", self.where, len(config.hooks))
@@ -2198,7 +2198,7 @@ def read_secret(base: str, verb: str, name: str, is_default: bool) -> str:
 
 def load(file: str, verb: str) -> Config:
     """Read an ini and the secrets it names; as root, become the owner of its state first."""
-    base, place = os.path.dirname(os.path.abspath(file)), os.path.basename(file)
+    base, name = os.path.dirname(os.path.abspath(file)), os.path.basename(file)
     try:
         with open(file, encoding="utf-8-sig") as ini:
             text = ini.read()
@@ -2214,12 +2214,12 @@ def load(file: str, verb: str) -> Config:
     become_owner(os.path.join(base, state) if state else default)
     secret_reader = partial(read_secret, base, verb)
     try:
-        return Ini(place, base, secret_reader).config(text, default)
+        return Ini(name, base, secret_reader).config(text, default)
     except ConfigError as error:
         if verb not in ("status", "log"):
             raise
         print("\n".join(error.problems), file=sys.stderr)  # it is now that history is wanted
-        return Ini(place, base, secret_reader).config(f"[hookd]\nstate = {state}", default)
+        return Ini(name, base, secret_reader).config(f"[hookd]\nstate = {state}", default)
 
 
 def make_state(config: Config) -> None:
@@ -2354,7 +2354,7 @@ def check(config: Config, options: argparse.Namespace) -> int:
     """the ini and what it names: every problem, then a table of the hooks"""
     problems = list(examine(config, options))
     for problem in problems:
-        print(f"{config.place}: {escape(problem)}", file=sys.stderr)
+        print(f"{config.name}: {escape(problem)}", file=sys.stderr)
     rows = [[hook.section, hook.event, hook.directory] for hook in config.hooks.values()]
     table(["HOOK", "EVENT", "DIRECTORY"], rows)
     return 78 if problems else 0
@@ -2380,7 +2380,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
     """that run now, in the foreground, under the same lock, in the same history"""
     hook, push = find_hook(config, options)
     if hook is None:
-        raise SystemExit(f"hookd: {config.place} has no hook for {options.repo} {options.branch}")
+        raise SystemExit(f"hookd: {config.name} has no hook for {options.repo} {options.branch}")
     make_state(config)
     store, target, told = Store(config.state), hook.target(push), False
     names, holder = lock_names(hook, target), f"hookd {os.getpid()} run"
