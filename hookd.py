@@ -2024,7 +2024,7 @@ class Daemon:
         self.waits.discard(job.run.id)
         self.jobs[job.run.id] = job
         if not start_thread(self.work, job):
-            self.end(job, Outcome("failed", 1, "no room for one more thread"), 0.0)
+            self.conclude(job, Outcome("failed", 1, "no room for one more thread"), 0.0)
 
     def work(self, job: Job) -> None:
         """Carry out a run: the root of its thread."""
@@ -2035,9 +2035,9 @@ class Daemon:
         except Exception:
             log.exception("a bug in hookd, in run %d; please report this", run.id)
             outcome = Outcome("failed", 1, "a bug in hookd; its log has it")
-        self.end(job, outcome, time.monotonic() - began)
+        self.conclude(job, outcome, time.monotonic() - began)
 
-    def end(self, job: Job, outcome: Outcome, duration: float) -> None:
+    def conclude(self, job: Job, outcome: Outcome, duration: float) -> None:
         """Tell how a run ended, free its locks and have it recorded; called from any thread."""
         report(job, outcome, duration)
         free_locks(job.locks)
