@@ -1173,9 +1173,9 @@ def git_steps(directory: str, ref: str, new_url: str) -> Iterator[list[str]]:
         yield ["submodule", "-q", "update", "--init", "--recursive", "--force"]
 
 
-def break_locks(git: str) -> None:
+def break_locks(dot_git: str) -> None:
     """Remove the lock files of a killed git: under our lock, nobody else works here."""
-    for folder, folders, files in os.walk(git):
+    for folder, folders, files in os.walk(dot_git):
         folders[:] = [name for name in folders if name not in ("objects", "lfs")]
         for name in files:
             if name.endswith(".lock"):
@@ -1245,24 +1245,24 @@ class Job:
         # A repository that is no more must not have git find the one around it.
         above = os.path.dirname(os.path.realpath(directory))
         environ[b"GIT_CEILING_DIRECTORIES"] = os.fsencode(above)
-        inside, git = os.listdir(directory), os.path.join(directory, ".git")
+        inside, dot_git = os.listdir(directory), os.path.join(directory, ".git")
         if inside and ".git" not in inside:
             remedy = "empty it, or set another directory"
             return Outcome("failed", 1, f"{directory} is not empty and no git repository; {remedy}")
-        question = ["config", "--file", f"{git}/config", "remote.origin.url"]
+        question = ["config", "--file", f"{dot_git}/config", "remote.origin.url"]
         have = ask_git(question, environ)[1].strip()
         if have != url and (have or inside not in ([], [".git"])):
             remedy = shlex.join(["git", "-C", directory, "config", "remote.origin.url", url])
             fault = f"{directory} is a clone of {have or 'nothing'}, not of {url}"
             return Outcome("failed", 1, f"{fault}; if it may become one: {remedy}")
-        break_locks(git)
+        break_locks(dot_git)
         for step in git_steps(directory, self.run.push.ref, "" if have else url):
             # A gc that detaches would leave the run's process group and work on without its lock.
             command = ["git", "-c", "gc.autoDetach=false", *step]
             code = self.child(command, environ, directory)
             if code and step[0] == "checkout" and b"index file" in self.output.tail:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"{git}/index")  # cut short by a crash: git makes it anew
+                    os.unlink(f"{dot_git}/index")  # cut short by a crash: git makes it anew
                 code = self.child(command, environ, directory)
             if code or self.verdict:
                 words = self.output.tail.decode("utf-8", "replace")
@@ -2307,8 +2307,8 @@ def examine_hook(config: Config, hook: Hook) -> Iterator[str]:
         directory = os.path.dirname(directory)
     if not os.access(directory, os.W_OK | os.X_OK):
         yield f"directory: {user} cannot write {directory}; chown it, see ReadWritePaths= too"
-    git, key = os.path.join(hook.directory, ".git"), hook.deploy_key
-    if hook.git and os.path.exists(git) and os.stat(git).st_uid != os.geteuid():
+    dot_git, key = os.path.join(hook.directory, ".git"), hook.deploy_key
+    if hook.git and os.path.exists(dot_git) and os.stat(dot_git).st_uid != os.geteuid():
         yield f"directory: git will not touch another user's {hook.directory}; chown -R it"
     if key and not os.access(key, os.R_OK):
         yield f"deploy_key: {user} finds no {key} to read; make it with ssh-keygen, or chown it"
