@@ -61,7 +61,7 @@ NEVER = float("inf")
 REQUEST_SECONDS = 10.0  # GitHub hangs up after as long
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 DRAIN_SECONDS = 60.0  # for running commands at a stop; the unit's TimeoutStopSec= is longer
-PART_SECONDS = 2.0  # at a stop, for requests that have begun
+CLOSE_SECONDS = 2.0  # at a stop, for requests that have begun
 GIT_SECONDS = 60.0  # for a question to git
 BUSY_SECONDS = 3.0  # for a database that another program has locked
 NOISE_SECONDS = 60.0  # before what goes wrong over and over is told, or tried, again
@@ -1812,7 +1812,7 @@ class Daemon:
                 for sender in [one for one in self.server.connections if one.whole]:
                     self.server.reply(sender, 500, "a bug in hookd")
                 self.look_at = time.monotonic() + 1
-        self.part()
+        self.close()
         return 0
 
     def turn(self) -> None:
@@ -2117,12 +2117,12 @@ class Daemon:
                 log.error("not reloaded, the old configuration stays: %s", problem)
         self.wake()
 
-    def part(self) -> None:
+    def close(self) -> None:
         """Answer those who are here; who comes now waits in the kernel for the next hookd."""
         listeners = self.server.listeners
         self.server.listen([])
         self.advance([])  # what ended last
-        until = self.stop_at = time.monotonic() + PART_SECONDS  # the last turn ends by then
+        until = self.stop_at = time.monotonic() + CLOSE_SECONDS  # the last turn ends by then
         while self.server.connections and time.monotonic() < until:
             self.turn()
         if self.config.listen.startswith("unix:") and not os.environ.get("NOTIFY_SOCKET"):
