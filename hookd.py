@@ -63,6 +63,8 @@ GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 DRAIN_SECONDS = 60.0  # for running commands at a stop; the unit's TimeoutStopSec= is longer
 CLOSE_SECONDS = 2.0  # at a stop, for requests that have begun
 GIT_SECONDS = 60.0  # for a question to git
+QUIET_SECONDS, BURST_SECONDS = 0.05, 1.0  # after a run: a burst is over, or has to wait no more
+LOCK_SECONDS = 0.5  # before a lock that somebody has is tried again
 BUSY_SECONDS = 3.0  # for a database that another program has locked
 NOISE_SECONDS = 60.0  # before what goes wrong over and over is told, or tried, again
 LINE_MAX, HEAD_MAX, FIELDS_MAX = 8 * 1024, 16 * 1024, 100  # GitHub's heads have about 1 KB
@@ -414,8 +416,10 @@ class Ini:
             raise ValueError(f"unknown setting; {remedy}")
         if key in DAEMON_KEYS and section != "hookd":
             raise ValueError("is for the whole daemon; move it to [hookd]")
-        if "\0" in text or (key in FILES and text.startswith("~")):
-            raise ValueError("has a ~ or a NUL in it; write the whole path")
+        if "\0" in text:
+            raise ValueError("has a NUL in it; take it out")
+        if key in FILES and text.startswith("~"):
+            raise ValueError("begins with ~, which stays as it is; write the whole path")
         value = KEYS[key].metadata["parse"](text) if text else KEYS[key].default
         return os.path.join(self.base, text) if key in FILES and text else value
 
@@ -435,6 +439,7 @@ class Ini:
                     values[key] = self.value(section, key, text)
             except ValueError as error:
                 self.problem(section, key, str(error))
+                values.update({key: text} if key in HOOK_KEYS else {})  # set, if only to be mended
         return values
 
     def secrets(self, levels: Sequence[str]) -> tuple[bytes, ...]:
@@ -783,6 +788,11 @@ STATUS = """SELECT repo, ref, hook, directory, r.id AS run, nullif(last_state, '
     FROM targets t LEFT JOIN runs r ON r.id = t.last_run ORDER BY repo, ref"""
 
 
+def killed(pid: int) -> bool:
+    """Tell whether a foreground run is over although the history has it as running."""
+    return pid > 0 and not os.path.exists(f"/proc/{pid}")
+
+
 class Store:
     """Keep queue and history in one SQLite file; raise sqlite3.Error, OSError or ConfigError.
 
@@ -887,10 +897,11 @@ class Store:
 
     def is_news(self, target_id: int, commit: str) -> bool:
         """Tell whether a branch's newest commit was never considered, and no run is open."""
-        sql = """SELECT 1 FROM targets t WHERE id = ? AND (newest = ? OR EXISTS
-            (SELECT 1 FROM runs INDEXED BY runs_open
-            WHERE target = t.id AND state IN ('queued', 'running')))"""
-        return not self.execute(sql, target_id, commit).fetchone()
+        sql = "SELECT 1 FROM targets WHERE id = ? AND newest = ?"
+        known = self.execute(sql, target_id, commit).fetchone()
+        sql = """SELECT pid FROM runs INDEXED BY runs_open
+            WHERE target = ? AND state IN ('queued', 'running')"""
+        return not known and all(killed(pid) for (pid,) in self.execute(sql, target_id))
 
     def repositories(self, hook: Hook) -> list[str]:
         """Return a hook's repositories: its own, or of its owner's those that pushed before."""
@@ -936,7 +947,7 @@ class Store:
         """Return the runs that a stop or a crash cut off, but for a living foreground run."""
         cut = self.runs("""WHERE r.state = 'running'
             OR r.state = 'interrupted' AND r.attempts = 1 AND r.pid = 0""")
-        return [run for run in cut if not (run.pid and os.path.exists(f"/proc/{run.pid}"))]
+        return [run for run in cut if not run.pid or killed(run.pid)]
 
     def requeue(self, run: Run) -> str:
         """Queue again a run that was cut off, once; else return why not."""
@@ -1227,6 +1238,7 @@ class Job:
         os.makedirs(self.folder, 0o700, exist_ok=True)
         with open(f"{self.folder}payload.json", "wb", opener=private) as file:
             file.write(self.payload)
+        self.payload = b""  # up to 25 MB, for as long as the run may take
         self.output.open(f"{self.folder}output.log")
         os.makedirs(self.directory, exist_ok=True)
         if self.run.push.deleted:
@@ -1810,7 +1822,7 @@ class Daemon:
             except Exception:
                 log.exception("a bug in hookd; it goes on, please report this")
                 for sender in [one for one in self.server.connections if one.whole]:
-                    self.server.reply(sender, 500, "a bug in hookd")
+                    self.answer(sender, 500, "a bug in hookd")
                 self.look_at = time.monotonic() + 1
         self.close()
         return 0
@@ -1993,7 +2005,7 @@ class Daemon:
             elif free and run.target not in busy:
                 # A burst is one run and one more: what comes behind a run waits for its end.
                 first, newest = self.calm.get(run.target, (0.0, 0.0))
-                due = min(first + 1.0, newest + 0.05)
+                due = min(first + BURST_SECONDS, newest + QUIET_SECONDS)
                 job = self.job(run, hook) if now >= due else None
                 if job:
                     undo.callback(free_locks, job.locks)
@@ -2001,7 +2013,7 @@ class Daemon:
                     self.after.append(partial(self.begin, job))
                     free -= 1
                 else:
-                    self.look_at = min(self.look_at, due if now < due else now + 0.5)
+                    self.look_at = min(self.look_at, due if now < due else now + LOCK_SECONDS)
 
     def job(self, run: Run, hook: Hook) -> Job | None:
         """Return a run's Job with its locks; None while it cannot have them, which is told once."""
@@ -2402,6 +2414,9 @@ def run(config: Config, options: argparse.Namespace) -> int:
     outcome = job.perform()
     with store.transaction():
         store.finish(number, outcome, job.commit, time.monotonic() - began)
+        gone = store.prune(store.target_id(target), config.keep)
+    for old in gone:
+        forget(config.state, old)
     free_locks(locks)
     return outcome.exit
 

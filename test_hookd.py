@@ -637,6 +637,10 @@ class Configuration(Case):
                 self.assertEqual(told.count("[octo/site] queue"), 1, told)
                 self.assertEqual(told.count("[hookd] timeout"), 1, told)
 
+    def test_what_is_set_badly_is_not_said_to_be_missing(self):
+        told = self.complaints("[octo/site main]\ngit = https://example.com/{banana}\n")
+        self.assertEqual(told.count("[octo/site main]"), 1, told)
+
     def test_an_unknown_setting_is_told_with_the_nearest_known_one(self):
         told = self.complaints("[octo/site main]\ncommand = true\ntimout = 5m\n")
         self.assertRegex(told, r"hookd\.ini: \[octo/site main\] timout: .*did you mean timeout\?")
@@ -2374,6 +2378,23 @@ class Git(Case):
         commits.append(origin.commit(page="two"))
         daemon.wait(lambda: daemon.seen() == commits, "both commits")
 
+    def test_a_run_by_hand_that_was_killed_does_not_stop_catch_up(self):
+        origin = self.repository()
+        commits = [origin.commit(page="one")]
+        daemon = self.serve(self.deploying(f"{NOTE}\n{GATE}", catch_up="1s"))
+        daemon.open_gate()
+        daemon.settle()
+        daemon.wait(lambda: daemon.seen() == commits, "the first commit")
+        (self.home / "gate").unlink()
+        by_hand = daemon.spawn([sys.executable, str(HOOKD), "-c", str(daemon.ini),
+                                "run", "octo/site", "main"])
+        daemon.wait(lambda: len(daemon.seen()) == 2, "the run by hand")
+        by_hand.kill()
+        by_hand.wait()
+        daemon.open_gate()
+        commits.append(origin.commit(page="two"))
+        daemon.wait(lambda: daemon.seen()[-1] == commits[1], "the second commit")
+
     def test_branches_of_a_pattern_are_caught_up_too(self):
         origin = self.repository()
         origin.commit(page="one")
@@ -3024,6 +3045,13 @@ class CommandLine(Case):
         self.assertIn("this is it", daemon.hookd("log", "1").out)
 
     EXITS = (("true", 0), ("exit 7", 7), ("kill -9 $$", 137), ("sleep 60", 124))
+
+    def test_run_keeps_only_so_many_runs_too(self):
+        daemon = self.prepare(hook("true"), keep="2")
+        for _ in range(4):
+            daemon.hookd("run", "octo/site", "main")
+        self.assertEqual(list(daemon.states()), [3, 4])
+        self.assertEqual(sorted(os.listdir(daemon.state / "runs")), ["3", "4"])
 
     def test_run_goes_on_after_a_hangup_where_nohup_says_so(self):
         daemon = self.prepare(hook('touch "$HOME/began"\n' + GATE))
