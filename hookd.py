@@ -65,7 +65,7 @@ CLOSE_SECONDS = 2.0  # at a stop, for requests that have begun
 GIT_SECONDS = 60.0  # for a question to git
 QUIET_SECONDS, BURST_SECONDS = 0.05, 1.0  # after a run: a burst is over, or has to wait no more
 LOCK_SECONDS = 0.5  # before a lock that somebody has is tried again
-BUSY_SECONDS = 3.0  # for a database that another program has locked
+BUSY_SECONDS = 1.0  # for a database that another program has locked
 NOISE_SECONDS = 60.0  # before what goes wrong over and over is told, or tried, again
 LINE_MAX, HEAD_MAX, FIELDS_MAX = 8 * 1024, 16 * 1024, 100  # GitHub's heads have about 1 KB
 BODIES_MAX = 32 * 1024**2  # all bodies in flight together
@@ -245,9 +245,10 @@ def networks(text: str) -> tuple[Any, ...]:
 
 def variables(text: str) -> tuple[tuple[str, str], ...]:
     pairs = [line.partition("=") for line in lines(text)]
-    for name, equals, _ in pairs:
-        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"{name!r} is no variable; write lines NAME=value")
+    bad = [repr(name) for name, equals, _ in pairs
+           if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
+    if bad:
+        raise ValueError(f"{', '.join(bad)} is no variable; write lines NAME=value")
     return tuple((name, value) for name, _, value in pairs)
 
 
@@ -411,7 +412,8 @@ class Ini:
         """Return what a setting says, where it stands; raise ValueError."""
         if key not in KEYS:
             import difflib
-            near = difflib.get_close_matches(key, [*KEYS, *SECRETS], n=1)
+            known = [*(KEYS if section == "hookd" else HOOK_KEYS), *SECRETS]
+            near = difflib.get_close_matches(key, known, n=1)
             remedy = f"did you mean {near[0]}?" if near else "hookd.ini lists all there are"
             raise ValueError(f"unknown setting; {remedy}")
         if key in DAEMON_KEYS and section != "hookd":
@@ -584,10 +586,10 @@ def check_head(config: Config, request: Request, client: str) -> None:
            (request.method not in METHODS, 501, "unknown method"),
            (request.method != "POST", 405, "only POST"),
            (request.length > config.max_body, 413, "body too large"),
-           (coding != "identity", 415, "Content-Encoding not supported"),
-           (kind not in (JSON, FORM), 415, f"Content-Type must be {JSON}"),
            (not signature, 403, "signature missing"),
-           (not SIGNATURE.fullmatch(signature), 403, "signature does not match"))
+           (not SIGNATURE.fullmatch(signature), 403, "signature does not match"),
+           (coding != "identity", 415, "Content-Encoding not supported"),
+           (kind not in (JSON, FORM), 415, f"Content-Type must be {JSON} or {FORM}"))
 
 
 def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
@@ -773,6 +775,7 @@ CREATE TABLE IF NOT EXISTS runs (
     exit INTEGER, note TEXT DEFAULT '', queued REAL, began REAL, ended REAL, duration REAL,
     payload BLOB);
 CREATE INDEX IF NOT EXISTS runs_of_target ON runs (target, id, state);
+CREATE INDEX IF NOT EXISTS runs_of_commit ON runs (target, commit_id);
 CREATE INDEX IF NOT EXISTS runs_waiting ON runs (target) WHERE state = 'queued';
 CREATE INDEX IF NOT EXISTS runs_open ON runs (target) WHERE state IN ('queued', 'running');
 PRAGMA user_version = {SCHEMA_VERSION};
@@ -863,6 +866,11 @@ class Store:
         found = self.execute(sql, *target).fetchone()
         return int(found[0] if found else self.execute(new, *target).lastrowid or 0)
 
+    def newest(self, target_id: int) -> str:
+        """Return the newest commit considered for a target."""
+        sql = "SELECT newest FROM targets WHERE id = ?"
+        return str(self.execute(sql, target_id).fetchone()[0])
+
     def add(self, target_id: int, push: Push, delivery: str, payload: Body) -> int:
         """Queue a push of the target with this id; return its run's number."""
         self.consider(target_id, push)
@@ -891,9 +899,18 @@ class Store:
         self.execute(sql, state, note, time.time(), run)
 
     def is_late(self, target_id: int, push: Push) -> bool:
-        """Tell whether a newer push of the target was taken already, in GitHub's own order."""
-        sql = "SELECT 1 FROM targets WHERE id = ? AND pushed_at > ?"
-        return bool(push.order and self.execute(sql, target_id, push.order).fetchone())
+        """Tell whether a newer push of the target was taken already.
+
+        Where nothing orders the two, late is what was taken before and does not follow the newest.
+        """
+        sql = "SELECT pushed_at, newest FROM targets WHERE id = ?"
+        order, newest = self.execute(sql, target_id).fetchone()
+        if push.order and push.order != order:
+            return bool(push.order < order)
+        if newest in (push.commit, push.before if push.before.strip("0") else ""):
+            return False
+        sql = "SELECT 1 FROM runs WHERE target = ? AND commit_id = ? AND before_id = ?"
+        return bool(self.execute(sql, target_id, push.commit, push.before).fetchone())
 
     def is_news(self, target_id: int, commit: str) -> bool:
         """Tell whether a branch's newest commit was never considered, and no run is open."""
@@ -918,8 +935,9 @@ class Store:
 
     def begin(self, run: int, pid: int = 0) -> bytes:
         """Mark a run as running and return its payload; a foreground run has a pid."""
-        sql = "UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?"
-        self.execute(f"{sql} WHERE id = ?", time.time(), pid, run)
+        sql = """UPDATE runs SET state = 'running', attempts = attempts + 1, began = ?, pid = ?,
+            exit = NULL, note = '', ended = NULL, duration = NULL WHERE id = ?"""
+        self.execute(sql, time.time(), pid, run)
         return bytes(self.execute("SELECT payload FROM runs WHERE id = ?", run).fetchone()[0])
 
     def finish(self, run: int, outcome: Outcome, commit: str, duration: float) -> None:
@@ -927,9 +945,10 @@ class Store:
         # What was considered while it ran stays the newest.
         sql = """UPDATE targets SET last_run = ?, last_state = ?, newest = CASE newest
             WHEN (SELECT commit_id FROM runs WHERE id = ?) THEN ? ELSE newest END,
-            last_good = CASE ? WHEN 'ok' THEN ? ELSE last_good END
+            last_good = CASE WHEN ? THEN ? ELSE last_good END
             WHERE id = (SELECT target FROM runs WHERE id = ?)"""
-        self.execute(sql, run, outcome.state, run, commit, outcome.state, commit, run)
+        good = outcome.state == "ok" and commit != ""
+        self.execute(sql, run, outcome.state, run, commit, good, commit, run)
         sql = """UPDATE runs SET state = ?, exit = ?, note = ?, commit_id = ?, ended = ?,
             duration = ?, payload = CASE ? WHEN 'interrupted' THEN payload END WHERE id = ?"""
         self.execute(sql, *outcome, commit, time.time(), duration, outcome.state, run)
@@ -952,7 +971,8 @@ class Store:
     def requeue(self, run: Run) -> str:
         """Queue again a run that was cut off, once; else return why not."""
         note = "begun by hand" if run.pid else "cut off twice" if run.attempts > 1 else ""
-        self.finish(run.id, Outcome("interrupted", 1, note), run.push.commit, 0.0)
+        if run.state == "running" or note:
+            self.finish(run.id, Outcome("interrupted", 1, note), run.push.commit, 0.0)
         if not note:
             self.execute("UPDATE runs SET state = 'queued' WHERE id = ?", run.id)
         return note
@@ -1019,7 +1039,8 @@ def lock_names(hook: Hook, target: Target) -> list[str]:
     """Return what a run must have for itself: its directory, and `lock` where that is set."""
     directory = os.path.realpath(target.directory)
     lock = fill(hook.lock, target.repo, short_name(target.ref)) or directory
-    return list(dict.fromkeys([directory, lock]))  # the same twice would wait for itself
+    # By both names, because a command may switch a link; the same twice would wait for itself.
+    return list(dict.fromkeys([directory, target.directory, lock]))
 
 
 def free_locks(files: list[int]) -> None:
@@ -1096,6 +1117,14 @@ def base_environment(hook: Hook) -> dict[bytes, bytes]:
     return own | given | {b"GIT_TERMINAL_PROMPT": b"0"}
 
 
+def processes(fact: str) -> Iterator[tuple[int, bytes]]:
+    """Yield the processes that we may look at, each with one of its files in proc(5)."""
+    import glob
+    for path in glob.glob(f"/proc/[0-9]*/{fact}"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            yield int(path.split("/")[2]), file.read()
+
+
 def signal_group(group: int, number: int) -> bool:
     """Signal a process group; False where nothing of ours is left in it."""
     try:
@@ -1105,10 +1134,18 @@ def signal_group(group: int, number: int) -> bool:
     return True
 
 
+def lives(group: int) -> bool:
+    """Tell whether more than zombies is left of a group: a PID 1 may reap them late or never."""
+    if not signal_group(group, 0):
+        return False
+    facts = [text.rpartition(b")")[2].split() for _, text in processes("stat")]
+    return not facts or any(int(one[2]) == group and one[0] not in (b"Z", b"X") for one in facts)
+
+
 def end_group(group: int, patience: float = 0.0) -> bool:
-    """End what is left of a process group after `patience`, by TERM, then KILL; True if it did."""
+    """End what is left of a process group, by TERM, then KILL; False if it went by itself."""
     signals, due = [signal.SIGTERM, signal.SIGKILL], time.monotonic() + patience
-    while signals and signal_group(group, 0):
+    while signals and lives(group):
         if time.monotonic() >= due:
             signal_group(group, signals.pop(0))
             due += GRACE_SECONDS
@@ -1118,13 +1155,12 @@ def end_group(group: int, patience: float = 0.0) -> bool:
 
 def end_survivors(state: str, run: int) -> int:
     """End whatever still carries a run's environment after a crash; return how many groups."""
-    import glob
     mark = b"HOOKD_PAYLOAD=" + os.fsencode(run_file(state, run, "payload.json"))
     groups = set()
-    for path in glob.glob("/proc/[0-9]*/environ"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if mark in file.read().split(b"\0"):
-                groups.add(os.getpgid(int(path.split("/")[2])))
+    for pid, environ in processes("environ"):
+        if mark in environ.split(b"\0"):
+            with contextlib.suppress(ProcessLookupError):
+                groups.add(os.getpgid(pid))
     groups.discard(os.getpgrp())  # a run may have started this hookd
     for group in groups:
         end_group(group)
@@ -1143,15 +1179,15 @@ def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
 
 def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes]) -> tuple[int, str, str]:
     """Return exit status, output and errors of a git command that only asks."""
-    child = subprocess.Popen(
-        ["git", *arguments], cwd="/", env=environ, stdin=subprocess.DEVNULL, encoding="utf-8",
-        errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    try:
-        output, errors = child.communicate(timeout=GIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        signal_group(child.pid, signal.SIGKILL)  # git alone would leave its ssh on the pipe
-        output, errors = child.communicate()
-        errors += "\nno answer in time"
+    with subprocess.Popen(
+            ["git", *arguments], cwd="/", env=environ, stdin=subprocess.DEVNULL, encoding="utf-8",
+            errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True) as child:
+        try:
+            output, errors = child.communicate(timeout=GIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            signal_group(child.pid, signal.SIGKILL)  # git alone would leave its ssh
+            return 1, "", "no answer in time"
     return child.returncode, output, errors
 
 
@@ -1204,6 +1240,7 @@ class Job:
         self.commit, self.directory = run.push.commit, run.target.directory
         self.folder = run_file(state, run.id)  # with a slash at its end
         self.payload, self.output = b"", Output()
+        self.through = False  # it has ended, though the history may not know yet
         self.verdict: tuple[str, str] | None = None  # state and why, if it is not to end by itself
 
     def end(self, state: str, why: str) -> None:
@@ -1477,7 +1514,7 @@ class Server:
             timeout = 0.0  # what the caller waits for may be another now
         if oldest:
             timeout = min(timeout, oldest.deadline - now)
-        events = self.selector.select(None if timeout == NEVER else timeout)
+        events = self.selector.select(min(timeout, 86400.0))  # epoll refuses 25 days
         for key, _ in events:
             if key.data:
                 self.receive(key.data)
@@ -1496,8 +1533,11 @@ class Server:
                 if self.tls:
                     sock = self.tls.wrap_socket(sock, True, do_handshake_on_connect=False)
             except OSError as error:  # mostly: no more for now
-                if error.errno in (errno.EMFILE, errno.ENFILE) and self.connections:
-                    self.drop(next(iter(self.connections)))
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    if self.connections:
+                        self.drop(next(iter(self.connections)))
+                    else:
+                        time.sleep(0.1)  # who waits outside would wake us at once
                 return
             if len(self.connections) >= self.most:
                 self.drop(next(iter(self.connections)))
@@ -1760,7 +1800,7 @@ class Remotes:
                 self.ask_one(hook, repo)
             except Exception:
                 log.exception("a bug in hookd, in catch-up; please report this")
-        self.at = min(self.next.values(), default=NEVER)
+        self.at = min([self.at, *self.next.values()])  # a reload may have asked for now
         self.daemon.wake()
 
     def ask_one(self, hook: Hook, repo: str) -> None:
@@ -1789,7 +1829,7 @@ class Daemon:
         self.config, self.load = config, load
         self.store = Store(config.state)
         self.jobs: dict[int, Job] = {}
-        self.inbox: list[Callable[[], None]] = [self.recover]  # steps for the next transaction
+        self.inbox: list[Callable[[], None]] = []  # steps for the next transaction
         self.after: list[Callable[[], Any]] = []  # what waits for it to be on disk
         self.calm: dict[Target, tuple[float, float]] = {}  # first and newest push behind a run
         self.waits: set[int] = set()  # the runs of which it was told that they wait for a lock
@@ -1798,6 +1838,7 @@ class Daemon:
         self.stop_at = NEVER  # when running jobs are ended
         self.complain_at = 0.0  # when a sick database is told of again
         self.recovered = False  # what a crash cut off is in the queue again
+        self.recovering = False  # a thread ends what is left of it
         self.noise, self.remotes = Noise(), Remotes(self)
         usec = os.environ.get("WATCHDOG_USEC", "")
         self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)
@@ -1816,7 +1857,7 @@ class Daemon:
         self.apply(self.config, passed_sockets())
         log.info("listening on %s", self.where)
         notify("READY=1")
-        while self.stop_at == NEVER or self.jobs:
+        while self.stop_at == NEVER or not all(job.through for job in self.jobs.values()):
             try:
                 self.turn()
             except Exception:
@@ -1920,7 +1961,7 @@ class Daemon:
                 self.complain_at = now + NOISE_SECONDS
             answer = 503, "it cannot be kept now, send it again later"
             self.after = [partial(self.tell, sender, *answer) for sender, _ in accepted]
-            self.look_at = now + 1
+            self.look_at = time.monotonic() + 1
         for effect in self.after:
             effect()
         self.tell_systemd()
@@ -1937,7 +1978,8 @@ class Daemon:
         if guarded and self.store.is_late(target_id, push):
             return 200, f"ignored: {push.place} had a newer push already"
         if decision.status != 202:
-            self.store.consider(target_id, push)
+            # It must not make an older push late that does touch the paths.
+            self.store.consider(target_id, push._replace(order=0))
             return decision.status, decision.text
         number = self.store.add(target_id, push, delivery, decision.payload)
         replaced = self.store.supersede(target_id) if hook.queue != "every" else []
@@ -1961,10 +2003,14 @@ class Daemon:
     # ---- runs
 
     def recover(self) -> None:
-        """At the start, have a thread end what a killed hookd left running."""
-        cut = self.store.cut_off()
-        self.after.append(
-            lambda: None if start_thread(self.clean_up, cut) else self.clean_up(cut))
+        """Look for what a killed hookd left: the daemon before this one, or a `run` by hand."""
+        if not self.recovering:
+            cut = [run for run in self.store.cut_off() if run.pid or not self.recovered]
+            if cut or not self.recovered:
+                self.after.append(partial(self.begin_recovery, cut))
+
+    def begin_recovery(self, cut: Sequence[Run]) -> None:
+        self.recovering = start_thread(self.clean_up, cut)
 
     def clean_up(self, cut: Sequence[Run]) -> None:
         """End the survivors of a crash: the root of a thread."""
@@ -1988,12 +2034,14 @@ class Daemon:
             hook = self.config.hooks.get(run.target.hook)
             if hook and hook.queue != "every":
                 self.store.supersede(self.store.target_id(run.target))
-        self.recovered = True
+        self.recovered, self.recovering = True, False
 
     def dispatch(self, undo: contextlib.ExitStack) -> None:
         """Choose what begins: oldest first, one a target, while jobs and locks are free."""
         now, busy = time.monotonic(), {job.run.target for job in self.jobs.values()}
         free = self.config.jobs - len(busy)
+        if not self.recovered:
+            self.recover()
         if not self.recovered or self.stop_at != NEVER or free <= 0:
             return
         for run in self.store.waiting():
@@ -2014,6 +2062,7 @@ class Daemon:
                     free -= 1
                 else:
                     self.look_at = min(self.look_at, due if now < due else now + LOCK_SECONDS)
+                    self.recover()
 
     def job(self, run: Run, hook: Hook) -> Job | None:
         """Return a run's Job with its locks; None while it cannot have them, which is told once."""
@@ -2053,6 +2102,7 @@ class Daemon:
         """Tell how a run ended, free its locks and have it recorded; called from any thread."""
         report(job, outcome, duration)
         free_locks(job.locks)
+        job.through = True
         self.leave(partial(self.record, job, outcome, duration))
 
     def record(self, job: Job, outcome: Outcome, duration: float) -> None:
@@ -2124,7 +2174,7 @@ class Daemon:
             self.apply(config, {})
             self.remotes.next, self.remotes.at = {}, 0.0
             log.info("reloaded: listening on %s hooks=%d", self.where, len(config.hooks))
-        except (ConfigError, OSError) as error:
+        except (ConfigError, OSError, SystemExit) as error:
             for problem in getattr(error, "problems", (str(error),)):
                 log.error("not reloaded, the old configuration stays: %s", problem)
         self.wake()
@@ -2173,6 +2223,9 @@ def become_owner(state: str) -> None:
         owner = pwd.getpwuid(os.stat(state).st_uid)
     except KeyError:
         raise SystemExit(f"hookd: {state} belongs to a user without a name; chown it") from None
+    for module in ("ctypes", "encodings.idna", "glob", "http.client", "ipaddress", "pathlib", "ssl",
+                   "urllib.parse", "uuid"):  # a Python in /root is not the owner's to read
+        __import__(module)
     os.initgroups(owner.pw_name, owner.pw_gid)
     os.setgid(owner.pw_gid)
     os.setuid(owner.pw_uid)
@@ -2181,9 +2234,9 @@ def become_owner(state: str) -> None:
 
 def secret_path(name: str, base: str) -> str:
     """Return where a secret file is: among systemd's credentials, or beside the ini."""
-    folder, masked = os.environ.get("CREDENTIALS_DIRECTORY"), "/run/credentials/hookd.service"
-    path = os.path.join(folder or base, name)
-    return path if folder or os.path.exists(path) else os.path.join(masked, name)
+    path = os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", base), name)
+    masked = os.path.join("/run/credentials/hookd.service", name)  # for the verbs of people
+    return path if os.path.exists(path) or not os.path.exists(masked) else masked
 
 
 def read_secret(base: str, verb: str, name: str, is_default: bool) -> str:
@@ -2195,7 +2248,7 @@ def read_secret(base: str, verb: str, name: str, is_default: bool) -> str:
             return file.read()
     except OSError as error:
         missing = is_default and isinstance(error, FileNotFoundError)
-        if missing and verb in ("serve", "secret"):
+        if missing and verb in ("serve", "reload", "secret"):
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             with open(path, "x", encoding="utf-8", opener=private) as new:
                 new.write(nobody_knows + "\n")
@@ -2223,15 +2276,9 @@ def load(file: str, verb: str) -> Config:
     with contextlib.suppress(configparser.Error):
         rough.read_string(text)
     state = rough.get("hookd", "state", fallback="")
-    become_owner(os.path.join(base, state) if state else default)
-    secret_reader = partial(read_secret, base, verb)
-    try:
-        return Ini(name, base, secret_reader).config(text, default)
-    except ConfigError as error:
-        if verb not in ("status", "log"):
-            raise
-        print("\n".join(error.problems), file=sys.stderr)  # it is now that history is wanted
-        return Ini(name, base, secret_reader).config(f"[hookd]\nstate = {state}", default)
+    if verb != "reload":  # the daemon stays who it is
+        become_owner(os.path.join(base, state) if state else default)
+    return Ini(name, base, partial(read_secret, base, verb)).config(text, default)
 
 
 def make_state(config: Config) -> None:
@@ -2282,6 +2329,15 @@ def show(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
+def show_while(job: Job, data: bytes) -> None:
+    """Show a run's output to whoever reads it, until the run is to end; then raise OSError."""
+    for start in range(0, len(data), select.PIPE_BUF):  # a pipe that is ready has so much room
+        while not select.select([], [sys.stdout], [], 0.25)[1]:
+            if job.verdict or time.monotonic() >= job.deadline:
+                raise OSError("nobody reads it")
+        show(data[start : start + select.PIPE_BUF])
+
+
 def serve(config: Config, options: argparse.Namespace) -> int:
     """the daemon (the default verb)"""
     import ctypes
@@ -2299,7 +2355,7 @@ def serve(config: Config, options: argparse.Namespace) -> int:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, CHUNK // 2)  # M_MMAP_THRESHOLD, mallopt(3): else it grows with each block
         libc.malloc_trim(0)  # what compiling took
-    daemon = Daemon(config, lambda: load(options.file, "serve"))
+    daemon = Daemon(config, lambda: load(options.file, "reload"))
     with contextlib.suppress(sqlite3.OperationalError):  # full, locked: it may yet become well
         daemon.store.connect()
     return daemon.serve()
@@ -2402,7 +2458,9 @@ def run(config: Config, options: argparse.Namespace) -> int:
         told = True
         time.sleep(0.2)
     with store.transaction():
-        number = store.add(store.target_id(target), push, "run", push_json(push))
+        target_id = store.target_id(target)
+        push = push._replace(commit=store.newest(target_id))  # git may know better
+        number = store.add(target_id, push, "run", push_json(push))
         payload = store.begin(number, os.getpid())
         (row,) = store.runs("WHERE r.id = ?", number)
         job = Job(row, hook, config.state, locks)
@@ -2410,13 +2468,18 @@ def run(config: Config, options: argparse.Namespace) -> int:
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(sign) != signal.SIG_IGN:  # as nohup(1) wants it
                 signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
-    job.output.echo, job.payload, began = show, payload, time.monotonic()
+    for file, name in zip(locks, names):
+        os.pwrite(file, os.fsencode(f"{holder} {number} {name}\n"), 0)
+    job.output.echo, job.payload, began = partial(show_while, job), payload, time.monotonic()
     outcome = job.perform()
-    with store.transaction():
-        store.finish(number, outcome, job.commit, time.monotonic() - began)
-        gone = store.prune(store.target_id(target), config.keep)
-    for old in gone:
-        forget(config.state, old)
+    try:
+        with store.transaction():
+            store.finish(number, outcome, job.commit, time.monotonic() - began)
+            gone = store.prune(target_id, config.keep)
+        for old in gone:
+            forget(config.state, old)
+    except sqlite3.Error as error:  # the daemon notes later that it is over
+        print(f"hookd: the history does not have how run {number} ended: {error}", file=sys.stderr)
     free_locks(locks)
     return outcome.exit
 
@@ -2514,7 +2577,7 @@ def status(config: Config, options: argparse.Namespace) -> int:
     for row in rows:
         facts = {name: value for (name, *_), value in zip(rows.description, row)}
         deleted, open_runs = facts.pop("deleted"), facts["running"] or facts["waiting"]
-        gone = config.hooks and facts["hook"] not in config.hooks
+        gone = facts["hook"] not in config.hooks
         if open_runs or (facts["run"] and not gone and not (deleted and facts["state"] == "ok")):
             facts["waiting"] = [int(n) for n in (facts["waiting"] or "").split(",") if n]
             found.append({**facts, "branch": short_name(facts["ref"])})
