@@ -962,11 +962,13 @@ class Store:
         self.connect().executemany("DELETE FROM runs WHERE id = ?", gone)
         return [run for (run,) in gone]
 
-    def cut_off(self) -> list[Run]:
-        """Return the runs that a stop or a crash cut off, but for a living foreground run."""
-        cut = self.runs("""WHERE r.state = 'running'
-            OR r.state = 'interrupted' AND r.attempts = 1 AND r.pid = 0""")
-        return [run for run in cut if not run.pid or killed(run.pid)]
+    def cut_off(self, by_hand: bool) -> list[Run]:
+        """Return the runs that a stop or a crash cut off: foreground runs, or all there are."""
+        where = """WHERE r.id IN (SELECT id FROM runs INDEXED BY runs_open
+            WHERE state IN ('queued', 'running') AND pid > 0)"""
+        every = "WHERE state = 'running' OR state = 'interrupted' AND attempts = 1 AND pid = 0"
+        return [run for run in self.runs(where if by_hand else every)
+                if not run.pid or killed(run.pid)]
 
     def requeue(self, run: Run) -> str:
         """Queue again a run that was cut off, once; else return why not."""
@@ -2005,7 +2007,7 @@ class Daemon:
     def recover(self) -> None:
         """Look for what a killed hookd left: the daemon before this one, or a `run` by hand."""
         if not self.recovering:
-            cut = [run for run in self.store.cut_off() if run.pid or not self.recovered]
+            cut = self.store.cut_off(by_hand=self.recovered)
             if cut or not self.recovered:
                 self.after.append(partial(self.begin_recovery, cut))
 
@@ -2054,14 +2056,15 @@ class Daemon:
                 # A burst is one run and one more: what comes behind a run waits for its end.
                 first, newest = self.calm.get(run.target, (0.0, 0.0))
                 due = min(first + BURST_SECONDS, newest + QUIET_SECONDS)
-                job = self.job(run, hook) if now >= due else None
-                if job:
+                if now < due:
+                    self.look_at = min(self.look_at, due)
+                elif job := self.job(run, hook):
                     undo.callback(free_locks, job.locks)
                     job.payload = self.store.begin(run.id)
                     self.after.append(partial(self.begin, job))
                     free -= 1
                 else:
-                    self.look_at = min(self.look_at, due if now < due else now + LOCK_SECONDS)
+                    self.look_at = min(self.look_at, now + LOCK_SECONDS)
                     self.recover()
 
     def job(self, run: Run, hook: Hook) -> Job | None:
