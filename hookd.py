@@ -586,10 +586,11 @@ def check_head(config: Config, request: Request, client: str) -> None:
            (request.method not in METHODS, 501, "unknown method"),
            (request.method != "POST", 405, "only POST"),
            (request.length > config.max_body, 413, "body too large"),
+           (coding != "identity", 415, "Content-Encoding not supported"),
+           (kind not in ("", JSON, FORM), 415, f"Content-Type must be {JSON} or {FORM}"),
            (not signature, 403, "signature missing"),
            (not SIGNATURE.fullmatch(signature), 403, "signature does not match"),
-           (coding != "identity", 415, "Content-Encoding not supported"),
-           (kind not in (JSON, FORM), 415, f"Content-Type must be {JSON} or {FORM}"))
+           (not kind, 415, "Content-Type missing"))
 
 
 def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
@@ -775,7 +776,7 @@ CREATE TABLE IF NOT EXISTS runs (
     exit INTEGER, note TEXT DEFAULT '', queued REAL, began REAL, ended REAL, duration REAL,
     payload BLOB);
 CREATE INDEX IF NOT EXISTS runs_of_target ON runs (target, id, state);
-CREATE INDEX IF NOT EXISTS runs_of_commit ON runs (target, commit_id);
+CREATE INDEX IF NOT EXISTS runs_of_delivery ON runs (delivery);
 CREATE INDEX IF NOT EXISTS runs_waiting ON runs (target) WHERE state = 'queued';
 CREATE INDEX IF NOT EXISTS runs_open ON runs (target) WHERE state IN ('queued', 'running');
 PRAGMA user_version = {SCHEMA_VERSION};
@@ -898,19 +899,19 @@ class Store:
         sql = "UPDATE runs SET state = ?, note = ?, ended = ?, payload = NULL WHERE id = ?"
         self.execute(sql, state, note, time.time(), run)
 
-    def is_late(self, target_id: int, push: Push) -> bool:
+    def is_late(self, target_id: int, push: Push, delivery: str) -> bool:
         """Tell whether a newer push of the target was taken already.
 
-        Where nothing orders the two, late is what was taken before and does not follow the newest.
+        Where nothing orders them, a delivery that comes again is late behind another commit.
         """
         sql = "SELECT pushed_at, newest FROM targets WHERE id = ?"
         order, newest = self.execute(sql, target_id).fetchone()
         if push.order and push.order != order:
             return bool(push.order < order)
-        if newest in (push.commit, push.before if push.before.strip("0") else ""):
+        if newest == push.commit or delivery == "-":
             return False
-        sql = "SELECT 1 FROM runs WHERE target = ? AND commit_id = ? AND before_id = ?"
-        return bool(self.execute(sql, target_id, push.commit, push.before).fetchone())
+        sql = "SELECT 1 FROM runs WHERE delivery = ? AND target = ? AND commit_id = ?"
+        return bool(self.execute(sql, delivery, target_id, push.commit).fetchone())
 
     def is_news(self, target_id: int, commit: str) -> bool:
         """Tell whether a branch's newest commit was never considered, and no run is open."""
@@ -1977,7 +1978,7 @@ class Daemon:
         target_id, now = self.store.target_id(target), time.monotonic()
         # With git, whatever comes late deploys the newest commit all the same.
         guarded = hook.queue != "every" and (push.deleted or not hook.git)
-        if guarded and self.store.is_late(target_id, push):
+        if guarded and self.store.is_late(target_id, push, delivery):
             return 200, f"ignored: {push.place} had a newer push already"
         if decision.status != 202:
             # It must not make an older push late that does touch the paths.

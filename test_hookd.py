@@ -1286,20 +1286,20 @@ class Judgement(Case):
 
     def test_a_replay_is_late_where_nothing_orders_the_pushes(self):
         first, second = sha(1), sha(2)
-        pushes = (("a new branch", ZERO, first, 202), ("its next commit", first, second, 202),
-                  ("the first again", ZERO, first, 200), ("the newest again", first, second, 202),
-                  ("forced back", second, first, 202), ("forward again", first, second, 202))
+        pushes = (("first", "a", first, 202), ("second", "b", second, 202),
+                  ("the first again", "a", first, 200), ("the newest again", "b", second, 202),
+                  ("forced back", "c", first, 202), ("forward again", "d", second, 202))
         for name, repository in (("no time", repository_of()),
                                  ("one second", repository_of(pushed_at=1_700_000_000))):
             daemon = self.serve(hook(NOTE), state=self.home / name)
             daemon.state = self.home / name
-            for act, before, after, status in pushes:
+            for act, delivery, commit, status in pushes:
                 with self.subTest(name, act=act):
-                    self.assert_answer(daemon.push(commit=after, before=before,
-                                                   repository=repository), status)
+                    payload = push_of(commit=commit, repository=repository)
+                    self.assert_answer(daemon.post(payload, X_GitHub_Delivery=delivery), status)
                     daemon.settle()
             daemon.stop()
-        taken = [after for _, _, after, status in pushes if status == 202]
+        taken = [commit for _, _, commit, status in pushes if status == 202]
         self.assertEqual(daemon.seen(), taken * 2)
 
     def test_a_push_that_touches_none_of_the_paths_makes_no_other_late(self):
