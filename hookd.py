@@ -441,7 +441,8 @@ class Ini:
                     values[key] = self.value(section, key, text)
             except ValueError as error:
                 self.problem(section, key, str(error))
-                values.update({key: text} if key in HOOK_KEYS else {})  # set, if only to be mended
+                if key in HOOK_KEYS:
+                    values[key] = text  # set, if only to be mended
         return values
 
     def secrets(self, levels: Sequence[str]) -> tuple[bytes, ...]:
@@ -904,22 +905,21 @@ class Store:
 
         Where nothing orders them, a delivery that comes again is late behind another commit.
         """
-        sql = "SELECT pushed_at, newest FROM targets WHERE id = ?"
-        order, newest = self.execute(sql, target_id).fetchone()
+        sql = "SELECT pushed_at FROM targets WHERE id = ?"
+        (order,) = self.execute(sql, target_id).fetchone()
         if push.order and push.order != order:
             return bool(push.order < order)
-        if newest == push.commit or delivery == "-":
+        if push.commit == self.newest(target_id) or delivery == "-":
             return False
         sql = "SELECT 1 FROM runs WHERE delivery = ? AND target = ? AND commit_id = ?"
         return bool(self.execute(sql, delivery, target_id, push.commit).fetchone())
 
     def is_news(self, target_id: int, commit: str) -> bool:
         """Tell whether a branch's newest commit was never considered, and no run is open."""
-        sql = "SELECT 1 FROM targets WHERE id = ? AND newest = ?"
-        known = self.execute(sql, target_id, commit).fetchone()
         sql = """SELECT pid FROM runs INDEXED BY runs_open
             WHERE target = ? AND state IN ('queued', 'running')"""
-        return not known and all(killed(pid) for (pid,) in self.execute(sql, target_id))
+        pids = [pid for (pid,) in self.execute(sql, target_id)]
+        return commit != self.newest(target_id) and all(map(killed, pids))
 
     def repositories(self, hook: Hook) -> list[str]:
         """Return a hook's repositories: its own, or of its owner's those that pushed before."""
@@ -1052,7 +1052,14 @@ def free_locks(files: list[int]) -> None:
         os.close(file)
 
 
-def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | None:
+def sign_locks(files: Sequence[int], names: Sequence[str], holder: str) -> None:
+    """Write into lock files who has them: for people, who do without on a full disk."""
+    for file, name in zip(files, names):
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, os.pwrite(file, os.fsencode(f"{holder} {name}\n"), 0))
+
+
+def take_locks(state: str, names: Sequence[str], holder: str) -> list[int] | None:
     """Return descriptors that hold all these locks, None while somebody has one; never waits."""
     files: list[int] = []
     try:
@@ -1060,13 +1067,12 @@ def take_locks(state: str, names: Iterable[str], holder: str) -> list[int] | Non
             os.makedirs(os.path.join(state, "locks"), 0o700, exist_ok=True)
             files.append(private(lock_file(state, name), os.O_RDWR | os.O_CREAT))
             fcntl.flock(files[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(OSError):  # it is for people; on a full disk they do without
-                os.ftruncate(files[-1], os.write(files[-1], os.fsencode(f"{holder} {name}\n")))
     except OSError as error:
         free_locks(files)
         if isinstance(error, BlockingIOError):
             return None
         raise
+    sign_locks(files, names, holder)
     return files
 
 
@@ -2014,6 +2020,8 @@ class Daemon:
 
     def begin_recovery(self, cut: Sequence[Run]) -> None:
         self.recovering = start_thread(self.clean_up, cut)
+        if not self.recovering:
+            self.look_at = time.monotonic() + 1  # there may be room for a thread then
 
     def clean_up(self, cut: Sequence[Run]) -> None:
         """End the survivors of a crash: the root of a thread."""
@@ -2472,8 +2480,7 @@ def run(config: Config, options: argparse.Namespace) -> int:
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(sign) != signal.SIG_IGN:  # as nohup(1) wants it
                 signal.signal(sign, lambda *_: job.end("cancelled", "by a signal"))
-    for file, name in zip(locks, names):
-        os.pwrite(file, os.fsencode(f"{holder} {number} {name}\n"), 0)
+    sign_locks(locks, names, f"{holder} {number}")
     job.output.echo, job.payload, began = partial(show_while, job), payload, time.monotonic()
     outcome = job.perform()
     try:
