@@ -773,7 +773,7 @@ def form_payload(body: Body) -> bytes:
     parts = [part for part in data.split(b"&", 64) if part.startswith(b"payload=")]
     if len(parts) != 1 or b"&" in parts[0]:
         raise ValueError("no payload, or two")
-    text = parts[0][8:]
+    text = parts[0][8:].rstrip(b"\r\n")  # a newline behind a form is no part of it
     if not text.isascii() or re.search(rb"[\x00-\x20=]|%(?![0-9A-Fa-f]{2})", text):
         raise ValueError("not url-encoded")
     return binascii.a2b_qp(text.replace(b"%", b"=").replace(b"+", b" "))
