@@ -1436,11 +1436,12 @@ class Store:
         why: Optional[str] = self.value(HELD, number)
         return why
 
-    def pause(self, words: tuple[str, str], why: str, run: int = 0, target: int = 0) -> bool:
-        """Hold back runs of a repository and ref, "" for any; False where these words do already."""
-        sql = """INSERT OR IGNORE INTO pauses (repo, ref, target, run, why, since)
-            VALUES (?, ?, ?, ?, ?, ?)"""
-        return self.execute(sql, *words, target or None, run, why, time.time()).rowcount > 0
+    def pause(self, words: tuple[str, str], why: str, run: int = 0, target: int = 0) -> None:
+        """Hold back runs of a repository and ref, "" for any; a person's pause keeps its reason."""
+        self.execute("""INSERT INTO pauses (repo, ref, target, run, why, since)
+            VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (repo, ref) DO UPDATE
+            SET why = excluded.why WHERE run""",
+                     *words, target or None, run, why, time.time())
 
     def lift(self, where: str, *values: Any) -> int:
         """Lift the pauses that match; what waited for one may begin. Return how many."""
@@ -2266,6 +2267,8 @@ class Job:
             return failure
         os.mkdir(self.cwd)
         self.changed = False  # nothing that anybody sees
+        # git warns in every run's output of an "empty repository" whose HEAD names no commit.
+        self.ask(clone, "update-ref", "--no-deref", "HEAD", self.commit)
         places = [(self.commit, "", clone, remote)]
         if nested:
             told = self.ask(clone, "submodule", "--quiet", "foreach", "--recursive",
@@ -4762,7 +4765,8 @@ def rollback(setup: Setup, options: "argparse.Namespace") -> int:
                                  commit if hook.git else "", release, restores))
         why = f"rolled back to {commit[:7]} by {user_name()}"
         store.pause((repo, push.ref), why, number, target.id)
-    print(f"from {stands[:7] or 'nothing'} to {commit[:7]}; {push.place} is paused, `hookd.py resume "
+    moves = f"from {stands[:7] or 'nothing'}" if stands != commit else "back"
+    print(f"{moves} to {commit[:7]}; {push.place} is paused, `hookd.py resume "
           f"{repo} {short_name(push.ref)}` lets pushes deploy again", flush=True)
     return follow(setup, number)
 
@@ -4817,6 +4821,8 @@ def pause_words(setup: Setup, options: "argparse.Namespace") -> tuple[str, str]:
 def pause(setup: Setup, options: "argparse.Namespace") -> int:
     """hold back the runs of a branch, a repository, or all"""
     store, words = setup.store, pause_words(setup, options)
+    if words[0] and setup.maybe and not setup.config.hooks_for(words[0]):
+        raise SystemExit(f"hookd: hookd.ini has no hook for {words[0]}; `hookd.py check` lists them")
     with store.transaction():
         store.execute("DELETE FROM pauses WHERE repo = ? AND ref = ?", *words)
         store.pause(words, options.why or f"by {user_name()}")
