@@ -1,57 +1,62 @@
-"""Installing, first push, update and removal: the README's own blocks, typed by a person."""
+"""Installing, first push, update, way back and removal: the README's blocks, as typed."""
 
 from __future__ import annotations
 
+import json
+import re
 import time
 
 from github import get, push, sha
 from scene import FailedError, Scene, wait_until
 from server import accepted, block, expect
 
+PLACES = """/opt/hookd /var/lib/hookd /var/cache/hookd /run/hookd /etc/systemd/system/hookd.service
+    /etc/systemd/system/hookd.service.d /etc/systemd/system/hookd.socket
+    /etc/systemd/system/*.wants/hookd.*"""
+
 
 class Install(Scene):
-    """From a fresh server to a deployed push, and back to a server without hookd."""
+    """From a fresh server to a deployed push, to a newer version and back, to nothing left."""
 
-    began = 0.0
+    user = "root"
 
     def setup(self) -> None:
         self.began = time.monotonic()
 
-    def the_three_files_are_copied_with_scp(self) -> None:
-        """The laptop's side: a folder on the server and three files in it."""
-        self.server.type_on_laptop(block("install-copy"))
-        listed = self.server.out("ls /opt/hookd")
-        expect(listed.split() == ["hookd.ini", "hookd.py", "hookd.service"], f"there: {listed}")
+    def _copy(self, name: str) -> None:
+        """Type a block with scp on the laptop, its files 0600; `user@server` as the README says."""
+        self.server.type_on_laptop(block(name).replace("root@server", f"{self.user}@server"))
+
+    def _type(self, name: str, stop: bool = True) -> str:
+        """Type a block on the server as root, or after `sudo -s`."""
+        return self.server.type_on_server(block(name), self.user, stop)
 
     def it_starts_with_the_shipped_ini(self) -> None:
-        """The server's side: one useradd, one systemctl enable --now."""
-        self.server.type_on_server(block("install-start"))
-        expect(self.server.is_active(), "hookd is not active")
+        """scp on the laptop; install, useradd and systemctl enable --now on the server."""
+        self._copy("install-copy")
+        self._type("install")
+        expect(self.server.shows("ActiveState") == "active", "hookd is not active")
         self.server.wait_for_log("listening on 127.0.0.1:9000")
-        enabled = self.server.out("systemctl is-enabled hookd || true")
-        expect(enabled.splitlines()[0] in ("enabled", "linked"), f"is-enabled: {enabled}")
         home = self.server.out("getent passwd hookd").split(":")[5]
         expect(home == "/var/lib/hookd", f"home is {home}")
-
-    def systemctl_status_shows_a_line_for_people(self) -> None:
-        """STATUS= says in words what the daemon does."""
-        line = self.server.out("systemctl show -P StatusText hookd")
+        line = self.server.shows("StatusText")
         expect(len(line.split()) >= 2, f"the status line is {line!r}")
         self.note(line)
 
-    def the_state_is_private_to_its_user(self) -> None:
-        """0700 the directory, 0600 the secret, both hookd's own."""
-        shown = self.server.out("stat -c '%a %U' /var/lib/hookd /var/lib/hookd/secret").split("\n")
-        expect(shown == ["700 hookd", "600 hookd"], f"mode and owner: {shown}")
+    def the_umask_of_the_laptop_does_not_matter(self) -> None:
+        """The files came with 0600; the state is hookd's alone."""
+        shown = self.server.out("stat -c '%a %U %n' /opt/hookd /opt/hookd/hookd.* /etc/systemd/"
+                                "system/hookd.service /var/lib/hookd /var/lib/hookd/secret")
+        modes = [" ".join(line.split()[:2]) for line in shown.splitlines()]
+        expect(modes == ["755 root", *["644 root"] * 3, "700 hookd", "600 hookd"], shown)
 
     def the_readme_s_first_push_is_deployed(self) -> None:
-        """hookd.py secret, send, status and log, as the README has them."""
-        printed = self.server.type_on_server(block("first-push"))
+        """hookd.py send, status, log and secret, as the README has them."""
+        printed = self._type("first-push")
         secret = self.server.read("/var/lib/hookd/secret").strip()
         expect(len(secret) >= 32 and secret in printed, f"no secret was printed: {printed}")
         expect("queued run 1: octo/site main at" in printed, f"send was not answered: {printed}")
-        one = self.server.wait_for_state("octo/site", "main")
-        expect("octo/site main is at" in self.server.hookd("log octo/site main"), str(one))
+        expect(max(map(len, self.server.hookd("status").splitlines())) <= 80, "over 80 columns")
         self.note(f"{time.monotonic() - self.began:.1f} s from the first scp")
 
     def a_push_from_github_with_that_secret_is_deployed(self) -> None:
@@ -62,68 +67,159 @@ class Install(Scene):
         accepted(hook.deliver(push("octo/site", "main", sha("b"), sha("a"))))
         self.server.wait_for_state("octo/site", "main", sha("b"))
 
-    def status_fits_a_terminal_of_80_columns(self) -> None:
-        """What a person sees over ssh."""
-        table = self.server.hookd("status")
-        widest = max(len(line) for line in table.splitlines())
-        expect(widest <= 80 and "octo/site" in table, f"{widest} columns:\n{table}")
-
-    def root_looking_at_it_leaves_no_file_of_root_s(self) -> None:
-        """Verbs run as root become hookd first: the daemon can still write."""
-        for verb in ("status", "log", "run octo/site main", "secret", "check"):
-            self.server.hookd(verb)
-        owners = self.server.out("find /var/lib/hookd ! -user hookd")
-        expect(not owners, f"not hookd's: {owners}")
-        accepted(self.server.webhook().deliver(push("octo/site", "main", sha("c"), sha("b"))))
-        self.server.wait_for_state("octo/site", "main", sha("c"))
-
-    def another_user_is_told_to_use_sudo(self) -> None:
-        """A person without rights learns what to type."""
-        done = self.server.run("python3 /opt/hookd/hookd.py status 2>&1", "laptop", check=False)
-        expect(done.returncode == 1 and "sudo" in done.stdout,
-               f"exit {done.returncode}: {done.stdout}")
-        expect("Traceback" not in done.stdout, done.stdout)
+    def it_can_be_turned_off_and_on_again(self) -> None:
+        """The unit is a file of /etc/systemd/system, not a link that `disable` deletes."""
+        self.server.run("systemctl disable --now hookd && systemctl enable --now hookd")
+        expect(self.server.out("systemctl is-enabled hookd") == "enabled", "not enabled")
 
     def an_update_runs_the_new_file(self) -> None:
-        """A new hookd.py is copied, hookd restarted; history stays."""
-        path = "/home/laptop/hookd/hookd.py"
-        self.server.run(f"printf '\\n# a newer one\\n' >>{path}")
+        """And keeps the version before; history stays."""
+        self.server.run("cd /home/laptop/hookd && printf '\\n# a newer one\\n' >>hookd.py"
+                        " && printf '\\n# a newer one\\n' >>hookd.service")
         before = self.server.main_pid()
-        text = block("update")
-        if "scp" in text:
-            self.server.type_on_laptop(text)
-        else:
-            self.server.type_on_server(text)
+        self._update()
         wait_until("a new process", lambda: self.server.main_pid() not in (0, before))
-        same = self.server.run(f"cmp {path} /opt/hookd/hookd.py", check=False)
-        expect(same.returncode == 0, "/opt/hookd/hookd.py is not the new one")
-        expect(self.server.target("octo/site", "main")["commit"] == sha("c"), "history is gone")
+        self._is("newer", "/opt/hookd/hookd.py /etc/systemd/system/hookd.service")
+        expect(self.server.target("octo/site", "main")["commit"] == sha("b"), "history is gone")
 
-    def an_update_with_a_broken_file_restarts_nothing(self) -> None:
-        """The README's update checks first: the running hookd goes on."""
+    def _update(self) -> None:
+        """Type the README's update."""
+        self._copy("install-copy")
+        self._type("update")
+
+    def _is(self, version: str, files: str) -> None:
+        """Expect the newer or the older version in these files, with modes 644."""
+        for path in files.split():
+            newer = "# a newer one" in self.server.read(path)
+            mode = self.server.out(f"stat -c %a {path}")
+            expect(newer == (version == "newer") and mode == "644", f"{path}: {newer} {mode}")
+
+    def the_way_back_runs_the_file_before(self) -> None:
+        """hookd.py and the unit as they were; history stays."""
         before = self.server.main_pid()
-        self.server.run("cp /home/laptop/hookd/hookd.py /tmp/good"
-                        " && echo 'def half(' >>/home/laptop/hookd/hookd.py")
+        self._type("back")
+        wait_until("a new process", lambda: self.server.main_pid() not in (0, before))
+        self._is("older", "/opt/hookd/hookd.py /etc/systemd/system/hookd.service")
+        expect(self.server.target("octo/site", "main")["commit"] == sha("b"), "history is gone")
+
+    def an_update_with_a_broken_file_changes_nothing(self) -> None:
+        """The update checks first: the running hookd goes on, and would start again."""
+        before = self.server.main_pid()
+        self.server.run("echo 'def half(' >>/home/laptop/hookd/hookd.py")
         try:
-            self.server.type_on_laptop(block("update"))
+            self._update()
         except FailedError:
             expect(self.server.main_pid() == before, "it was restarted")
-            self.server.run("cp /tmp/good /home/laptop/hookd/hookd.py")
-            self.server.type_on_laptop(block("update"))
+            self._is("older", "/opt/hookd/hookd.py /etc/systemd/system/hookd.service")
+            self.server.run("systemctl restart hookd")
             return
         raise FailedError("the update succeeded")
 
     def removal_leaves_nothing(self) -> None:
-        """Unit, files, state and user are gone."""
-        self.server.type_on_server(block("remove"))
-        left = self.server.out(
-            "for f in /opt/hookd /var/lib/hookd /run/hookd /etc/systemd/system/hookd.service"
-            " /etc/systemd/system/multi-user.target.wants/hookd.service;"
-            " do [ ! -e $f ] && [ ! -L $f ] || echo $f; done; getent passwd hookd || true;"
-            " pgrep -u hookd -f hookd 2>/dev/null || true")
+        """Unit, socket unit, changes, files, caches, state and user; it lists what it leaves."""
+        self.server.run("install -d -o hookd /srv/blog")
+        self.server.drop_in("MemoryHigh=1G")
+        self.server.write("/etc/systemd/system/hookd.socket", block("socket-unit"))
+        self.server.run("systemctl daemon-reload && systemctl stop hookd"
+                        " && systemctl enable --now hookd.socket && systemctl start hookd")
+        printed = self._type("remove", stop=False)
+        expect("/srv/blog" in printed, f"the user's own is not listed:\n{printed}")
+        left = self.server.out(f"ls -d {' '.join(PLACES.split())} 2>/dev/null;"
+                               " getent passwd hookd; pgrep -a python3; systemctl list-units"
+                               " --all --plain --no-legend 'hookd*'; true")
         expect(not left, f"left: {left}")
+        for port in (9000, 443):
+            try:
+                raise FailedError(f"port {port}: {get('localhost', '/', ('127.0.0.1', port))}")
+            except ConnectionRefusedError:
+                pass
+
+
+class Bullseye(Install):
+    """Debian 11: Python 3.9, systemd 247."""
+
+    SUITE = "bullseye"
+
+
+class Trixie(Install):
+    """Debian 13, where root may not log in: the blocks are typed after `sudo -s`."""
+
+    SUITE, user = "trixie", "me"
+
+
+class Linked(Scene):
+    """Version 1.0 was linked from /opt/hookd; it goes on working, and an update makes it a file."""
+
+    def setup(self) -> None:
+        self.server.run("install -d /opt/hookd && cd /home/laptop/hookd && install -m 644 hookd.*"
+                        " /opt/hookd && useradd --system --user-group --home-dir /var/lib/hookd"
+                        " hookd && systemctl enable --now /opt/hookd/hookd.service")
+
+    def a_linked_unit_goes_on_working(self) -> None:
+        """Through a reload, a restart and a push."""
+        self.server.run("systemctl reload hookd && systemctl restart hookd")
+        accepted(self.server.webhook().deliver(push("octo/site", "main", sha("1"))))
+        self.server.wait_for_state("octo/site", "main", sha("1"))
+
+    def an_update_and_its_way_back_leave_a_unit_that_can_be_enabled(self) -> None:
+        """Also by who types `systemctl disable` first, and at the next boot."""
+        self.server.type_on_laptop(block("install-copy"))
+        for name in ("update", "back"):
+            self.server.type_on_server(block(name))
+            shown = self.server.out("stat -c '%F %a' /etc/systemd/system/hookd.service")
+            expect(shown == "regular file 644", shown)
+        enabled = self.server.out("systemctl is-enabled hookd")
+        expect(enabled == "enabled", f"after the update: {enabled}")
+        self.server.run("rm /opt/hookd/hookd.service && systemctl disable --now hookd 2>&1"
+                        " && systemctl enable --now hookd")
+        self.server.run("sync")
+        self.server.cut_power()
+        self.server.reboot()
+        wait_until("hookd runs after a boot", lambda: self.server.shows("ActiveState") == "active")
+
+
+class NoSystemd(Scene):
+    """The README's lines for a system without systemd, and for a container."""
+
+    def _answers(self) -> bool:
+        """Tell whether something answers on the port."""
         try:
-            get("localhost", "/", ("127.0.0.1", 9000))
-        except ConnectionRefusedError:
-            return
-        raise FailedError("something still answers on port 9000")
+            return get("localhost", "/", ("127.0.0.1", 9000)).status > 0
+        except OSError:
+            return False
+
+    def cron_starts_it_and_it_comes_back(self) -> None:
+        """Typed as root; the daemon killed; a push; cron has the same line."""
+        lines = block("no-systemd")
+        self.server.run(f"set -e; cd /home/laptop/hookd; {lines}")
+        wait_until("hookd answers", self._answers)
+        first = self._daemon()
+        self.server.run(f"kill -KILL {first}")
+        wait_until("another process", lambda: self._daemon() not in ("", first))
+        wait_until("hookd answers", self._answers)
+        printed = self.server.hookd("send --wait octo/site main")
+        expect("octo/site main is at" in printed, printed)
+        entry = self.server.out("crontab -u hookd -l")
+        expect(entry.startswith("@reboot ") and entry[8:] in lines, entry)
+
+    def _daemon(self) -> str:
+        """Return the daemon's process, or nothing."""
+        return self.server.out("pgrep -u hookd -x python3 || true")
+
+    def in_a_container_it_is_stopped_cleanly_and_leaves_no_zombie(self) -> None:
+        """The image's USER and CMD below tini in a process namespace, which is Docker's --init."""
+        text = block("container")
+        command = re.search(r"^CMD (\[.*\])", text, re.MULTILINE)
+        expect(command and "USER hookd" in text and "COPY --chmod=644 hookd.py" in text, text)
+        words = " ".join(json.loads(command.group(1)))
+        self.server.run("kill $(pgrep -u hookd -x sh) $(pgrep -u hookd -x python3)")
+        wait_until("nobody answers", lambda: not self._answers())
+        self.server.write("/opt/hookd/hookd.ini",
+                          "[octo/site main]\ncommand = (setsid sleep 0 &)\n")
+        self.server.run("setsid unshare -fp --mount-proc tini -- runuser -u hookd --"
+                        f" env HOME=/var/lib/hookd {words} >/tmp/log 2>&1 & echo $! >/tmp/pid")
+        wait_until("hookd answers", self._answers)
+        self.server.hookd("send --wait octo/site main")
+        wait_until("no zombie", lambda: " Z" not in self.server.out("ps -eo user,stat"), 5)
+        self.server.run(f"kill {self._daemon()}")
+        wait_until("it ended", lambda: not self.server.out("pgrep -x tini || true"))

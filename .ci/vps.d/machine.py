@@ -1,4 +1,4 @@
-"""A Debian 12 server in a container: its tree, its boot, and commands inside it.
+"""A Debian server in a container: its tree, its boot, and commands inside it.
 
 The tree is built once with debootstrap and kept; every boot puts an overlay on top of it, in a
 mount namespace of its own, so that nothing has to be unmounted afterwards.  systemd-nspawn starts
@@ -8,6 +8,7 @@ driver moves into that network (`Machine.enter_network`) and is then a client li
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -17,18 +18,21 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, TextIO
+from typing import Callable
 
 KEPT = Path(os.environ.get("HOOKD_VPS", "/var/tmp/hookd-vps"))
-SUITE = "bookworm"
 BASE = "systemd systemd-sysv dbus ca-certificates"
-PACKAGES = """nginx-light caddy rsyslog polkitd libpam-systemd libnss-systemd openssh-server
-    openssh-client git python3 python3-flask gunicorn curl openssl rsync sudo procps iproute2"""
+# The first is the server of nearly every scene, the others see an install and a first push.
+NEEDED = "openssh-server openssh-client git python3 sudo procps iproute2 libpam-systemd"
+PACKAGES = {"bookworm": NEEDED + """ nginx-light caddy rsyslog polkitd libnss-systemd
+                python3-flask gunicorn curl openssl rsync cron tini wrk""",
+            "bullseye": NEEDED, "trixie": NEEDED}
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-RECIPE = "3"  # change it when the way the tree is built changes
+RECIPE = "4"  # change it when the way the tree is built changes
 POLICY = "#!/bin/sh\nexit 101\n"  # no daemon is started while packages are installed
-UNIFIED = "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"  # cgroups as on a Debian 12 of its own
+UNIFIED = "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"  # cgroups as on a Debian of its own
 CGROUPS = Path("/sys/fs/cgroup")
 CLONE_NEWNET = 0x40000000
 PROXIES = ("http_proxy", "https_proxy", "no_proxy")
@@ -41,16 +45,13 @@ class CannotBootError(Exception):
 # --- the tree ------------------------------------------------------------------------------------
 
 
-def hold_lock() -> TextIO:
-    """Return the open lock file that keeps a second `.ci/vps` waiting until this one ends."""
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Keep a second `.ci/vps`, or a second one that builds this tree, waiting until we are done."""
     KEPT.mkdir(parents=True, exist_ok=True)
-    lock = open(KEPT / "lock", "w", encoding="ascii")  # noqa: SIM115 - held to the end
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print("# waiting for another .ci/vps to end", flush=True)
+    with open(KEPT / f"{name}.lock", "w", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
+        yield
 
 
 def require_debian() -> None:
@@ -70,38 +71,39 @@ def install_tools() -> None:
     wanted = {"debootstrap": "debootstrap", "systemd-nspawn": "systemd-container"}
     missing = [package for tool, package in wanted.items() if not shutil.which(tool)]
     if missing:
-        install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing]
         logged(["apt-get", "update", "-qq"], 120)
-        logged(install, 300)
+        logged(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing], 300)
 
 
-def tree() -> Path:
-    """Return the directory of the server's tree, built now if it is missing or outdated."""
-    words = " ".join([RECIPE, SUITE, BASE, PACKAGES]).split()
-    name = "tree-" + hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
-    for old in KEPT.iterdir():
-        if old.name not in (name, "lock", "build.log"):
-            shutil.rmtree(old, ignore_errors=True)
-    if not (KEPT / name).is_dir():
-        install_tools()
-        build_tree(KEPT / (name + ".new"))
-        (KEPT / (name + ".new")).rename(KEPT / name)
-    return KEPT / name
+def tree(suite: str) -> Path:
+    """Return the directory of a suite's tree, built now if it is missing or outdated."""
+    recipe = " ".join([RECIPE, *BASE.split(), *PACKAGES[suite].split()])
+    place = KEPT / f"{suite}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    with locked(suite):
+        if not place.is_dir():
+            for old in KEPT.glob(f"{suite}-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            install_tools()
+            build_tree(suite, place.with_suffix(".new"))
+            place.with_suffix(".new").rename(place)
+    return place
 
 
-def build_tree(root: Path) -> None:
+def build_tree(suite: str, root: Path) -> None:
     """Make a minimal Debian in `root`, then install the rest of the packages inside it."""
     include = "--include=" + ",".join(BASE.split())
-    logged(["debootstrap", "--variant=minbase", include, SUITE, str(root)], 400)
+    logged(["debootstrap", "--variant=minbase", include, suite, str(root)], 400)
     policy = root / "usr/sbin/policy-rc.d"
     policy.write_text(POLICY, encoding="ascii")
     policy.chmod(0o755)
-    packages = " ".join(PACKAGES.split())
-    script = f"apt-get update -qq && apt-get install -qq -y --no-install-recommends {packages}"
-    logged(["chroot", str(root), "sh", "-c", f"{script} && apt-get clean"], 400)
+    (root / "etc/dpkg/dpkg.cfg.d/unsafe").write_text("force-unsafe-io\n", encoding="ascii")
+    install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends"]
+    logged(["chroot", str(root), *install, *PACKAGES[suite].split()], 400)
+    logged(["chroot", str(root), "apt-get", "clean"], 30)
     policy.unlink()
     for service in ("nginx", "caddy"):  # a check starts the one it is about
-        logged(["chroot", str(root), "systemctl", "disable", service], 30)
+        if service in PACKAGES[suite]:
+            logged(["chroot", str(root), "systemctl", "disable", service], 30)
 
 
 def logged(command: list[str], timeout: float) -> None:
@@ -137,7 +139,7 @@ def wait_until(what: str, condition: Callable[[], object], seconds: float = 20) 
 
 
 class Machine:
-    """One server: boot() it, run() commands in it, files are under `root`, stop() it."""
+    """One server: boot() it, run() commands in it, stop() it."""
 
     def __init__(self, base: Path) -> None:
         self.place = KEPT / f"run-{os.getpid()}"
@@ -146,11 +148,6 @@ class Machine:
         self.nspawn: subprocess.Popen[bytes] | None = None
         for name in ("upper", "work", "root"):
             (self.place / name).mkdir(parents=True, exist_ok=True)
-
-    @property
-    def root(self) -> Path:
-        """The server's files, seen from outside."""
-        return Path(f"/proc/{self.leader}/root")
 
     def boot(self) -> None:
         """Start systemd on the overlay and wait until it says that it runs."""
@@ -182,9 +179,9 @@ class Machine:
             name, path = line.split(":")[1:]
             if name in ("", "name=systemd"):
                 top = CGROUPS / ("systemd" if name else "unified")
-                group = (top if top.is_dir() else CGROUPS) / path.strip("/") / "hookd-vps"
-                group.mkdir(exist_ok=True)
-                made.append(group)
+                parent = (top if top.is_dir() else CGROUPS) / path.strip("/")
+                made.append(parent / f"hookd-vps-{os.getpid()}")
+                made[-1].mkdir(exist_ok=True)
         return made
 
     def find_leader(self) -> bool:

@@ -13,6 +13,8 @@ from server import Server
 class Scene:
     """Subclasses write setup() and checks: every other public method, its name a sentence."""
 
+    SUITE = "bookworm"
+
     def __init__(self, server: Server) -> None:
         self.server = server
         self.noted: list[str] = []
@@ -26,7 +28,7 @@ class Scene:
 
     def run(self) -> tuple[int, int]:
         """Run setup and the checks; print a line for each; return how many passed and failed."""
-        names = [name for name, value in vars(type(self)).items()
+        names = [name for kind in type(self).__mro__[-3::-1] for name, value in vars(kind).items()
                  if callable(value) and not name.startswith("_") and name != "setup"]
         if not self.judge("setup", self.setup):
             return 0, len(names)

@@ -11,24 +11,27 @@ from github import ZERO, Answer, GitHub, push
 from machine import FailedError, Machine, wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-SHIPPED = ("hookd.py", "hookd.ini", "hookd.service")
 VISITOR = "203.0.113.77"
-NAMES = """server.example.com github.com www.example.com staging.example.com hooks.example.com
-    myapp.example.com app.example.com example.com"""
+ADDRESSES = f"ip address add 203.0.113.10/32 dev lo; ip address add {VISITOR}/32 dev lo"
 
+# laptop is the administrator's own machine, me a user of the server who may use sudo.
 PEOPLE = f"""
 hostname server; echo server >/etc/hostname
-echo 127.0.0.1 localhost server {' '.join(NAMES.split())} >/etc/hosts
-ip address add 203.0.113.10/32 dev lo; ip address add {VISITOR}/32 dev lo
-useradd -m -s /bin/sh laptop; useradd -m -s /bin/sh git; chmod 755 /home/git
-install -d -m 700 -o laptop /home/laptop/.ssh /home/laptop/hookd
-install -d -m 700 /root/.ssh; install -d -m 700 -o git /home/git/.ssh
-install -d -o git /srv/git /srv/desk
+echo 127.0.0.1 localhost server server.example.com github.com hooks.example.com >/etc/hosts
+{ADDRESSES}
+for user in laptop me git; do
+    useradd -m -s /bin/sh $user; install -d -m 700 -o $user /home/$user/.ssh
+done
+chmod 755 /home/git
+echo 'me ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/me
+install -d -m 700 -o laptop /home/laptop/hookd
+install -d -m 700 /root/.ssh; install -d -o git /srv/git /srv/desk
 ssh-keygen -q -t ed25519 -N '' -f /home/laptop/.ssh/id_ed25519
-cp /home/laptop/.ssh/id_ed25519.pub /root/.ssh/authorized_keys
-printf 'Host *\\nHostName 127.0.0.1\\nUser root\\nStrictHostKeyChecking accept-new\\n' \\
-    >/home/laptop/.ssh/config
-chown -R laptop: /home/laptop
+for home in /root /home/me; do
+    cp /home/laptop/.ssh/id_ed25519.pub $home/.ssh/authorized_keys
+done
+printf 'Host *\\nHostName 127.0.0.1\\nStrictHostKeyChecking accept-new\\n' >/home/laptop/.ssh/config
+chown -R laptop: /home/laptop; chown -R me: /home/me
 git config --system user.name Mona; git config --system user.email mona@example.com
 git config --system init.defaultBranch main
 """
@@ -52,40 +55,42 @@ class Server(Machine):
         self.boot()
         self.run(PEOPLE)
         self.write("/usr/local/bin/git-serve", SERVE, 0o755)
-        for name in (*SHIPPED, "README.md"):
-            source = REPOSITORY / name
-            if source.is_file():
-                text = source.read_text(encoding="utf-8")
-                mode = 0o755 if source.stat().st_mode & 0o100 else 0o644
-                self.write(f"/home/laptop/hookd/{name}", text, mode, "laptop")
+        for name in ("hookd.py", "hookd.ini", "hookd.service"):  # as with umask 077
+            text = (REPOSITORY / name).read_text(encoding="utf-8")
+            self.write(f"/home/laptop/hookd/{name}", text, 0o600, "laptop")
 
     def reboot(self) -> None:
         """Boot again after cut_power; the addresses of the interface have to be given again."""
         self.boot()
-        self.run(f"ip address add 203.0.113.10/32 dev lo; ip address add {VISITOR}/32 dev lo")
+        self.run(ADDRESSES)
 
-    def install(self, ini: str = "") -> None:
-        """Put hookd where the README puts it and start it, with `ini` or the shipped one."""
-        self.run("mkdir -p /opt/hookd && cd /home/laptop/hookd && cp hookd.* /opt/hookd/"
-                 " && chown root: /opt/hookd/* && useradd --system --home-dir /var/lib/hookd"
-                 " --shell /usr/sbin/nologin hookd")
+    def install(self, ini: str = "", places: str = "") -> None:
+        """Install hookd as the README does, with `ini` or the shipped one; places are hookd's."""
         if ini:
-            self.write("/opt/hookd/hookd.ini", ini)
-        self.run("systemctl enable --now /opt/hookd/hookd.service")
+            self.write("/home/laptop/hookd/hookd.ini", ini)
+        self.run(f"set -e; cd /home/laptop/hookd\n{block('install')}")
+        if places:
+            self.run(f"install -d -o hookd -g hookd {places} && systemctl restart hookd")
 
     def type_on_laptop(self, script: str) -> str:
         """Type a block of the README on the laptop, in the folder with the three files."""
         return self.out(f"cd /home/laptop/hookd && exec sh -ex <<'BLOCK'\n{script}\nBLOCK",
                         "laptop", timeout=60)
 
-    def type_on_server(self, script: str) -> str:
-        """Type a block of the README on the server, logged in as root over its sshd."""
-        done = self.run("exec ssh root@server.example.com 'sh -e 2>&1'", "laptop", stdin=script,
-                        check=False)
+    def type_on_server(self, script: str, user: str = "root", stop: bool = True) -> str:
+        """Type a block of the README on the server, as root over ssh or after `sudo -s`."""
+        shell = "sh -s" if user == "root" else "sudo -s"
+        done = self.run(f"exec ssh {user}@server.example.com '{shell} 2>&1'", "laptop", check=False,
+                        stdin=("set -e\n" if stop else "") + script)
         if done.returncode != 0:
             raise FailedError(f"typed on the server, ended with {done.returncode}:\n{script}\n"
-                         f"it printed:\n{done.stdout}{done.stderr}")
+                              f"it printed:\n{done.stdout}{done.stderr}")
         return done.stdout
+
+    def drop_in(self, text: str, restart: bool = True) -> None:
+        """Change the unit as `systemctl edit hookd` does."""
+        self.write("/etc/systemd/system/hookd.service.d/override.conf", f"[Service]\n{text}\n")
+        self.run("systemctl daemon-reload" + " && systemctl restart hookd" * restart)
 
     # --- hookd on it
 
@@ -102,22 +107,31 @@ class Server(Machine):
         if not restart:  # systemctl ends when the signal is sent
             self.wait_for_log("reloaded", times=before + 1)
 
+    def fill_disk(self, first: bool = False) -> None:
+        """Put the state, or the `first` start without any, on a disk of 8 MB, and fill it."""
+        change = "rm -r /tmp/state/*" if first else "true"
+        verb = "stop" if first else "start"
+        self.run(f"set -e; systemctl stop hookd; cp -a /var/lib/hookd /tmp/state; {change}\n"
+                 "mount -t tmpfs -o size=8M tmpfs /var/lib/hookd; cp -a /tmp/state/. /var/lib/hookd\n"
+                 f"systemctl {verb} hookd; ! cat /dev/zero >/var/lib/hookd/zero")
+        self.run("systemctl start hookd", check=False)
+
     def webhook(self, **settings: Any) -> GitHub:
         """Return GitHub's side of the webhook, with the secret hookd made."""
         return GitHub(self.read("/var/lib/hookd/secret").strip(), **settings)
 
     def main_pid(self) -> int:
         """Return the daemon's process, 0 when there is none."""
-        return int(self.out("systemctl show -P MainPID hookd") or 0)
+        return int(self.shows("MainPID") or 0)
 
-    def is_active(self) -> bool:
-        """Tell whether systemd says that hookd runs."""
-        return self.out("systemctl is-active hookd || true") == "active"
+    def shows(self, name: str) -> str:
+        """Return a property of hookd's unit."""
+        return self.out(f"systemctl show -P {name} hookd")
 
-    def journal(self, ident: str = "hookd") -> list[dict[str, Any]]:
-        """Return the journal's entries of one program, oldest first."""
+    def journal(self) -> list[dict[str, Any]]:
+        """Return what hookd and its scripts said, oldest first."""
         self.run("journalctl --sync", check=False)
-        lines = self.out(f"journalctl -q -t {ident} -o json").splitlines()
+        lines = self.out("journalctl -q -t hookd -o json").splitlines()
         return [json.loads(line) for line in lines]
 
     def log_lines(self, *words: str) -> list[str]:
@@ -169,17 +183,13 @@ class Repository:
         server.run(f"git init -q --bare {self.bare} && git init -q {self.desk}"
                    f" && git -C {self.desk} remote add origin {self.bare}", "git")
 
-    def commit(self, branch: str, files: dict[str, str], message: str = "a change") -> str:
+    def commit(self, branch: str, files: dict[str, str]) -> str:
         """Commit files on a branch and push them; return the commit's name."""
-        start = self.tip(branch) or "--orphan"
-        switch = f"git switch -q -C {branch} {start}"
-        if start == "--orphan":
-            switch = f"git switch -q {branch} 2>/dev/null || git switch -q -c {branch}"
-        self.server.run(f"cd {self.desk} && {switch}", "git")
+        switch = f"git switch -q {branch} 2>/dev/null || git switch -q -c {branch}"
+        self.server.run(f"cd {self.desk} && {{ {switch}; }}", "git")
         for path, text in files.items():
             self.server.write(f"{self.desk}/{path}", text, 0o755, "git")
-        self.server.run(f"chown -R git: {self.desk} && cd {self.desk}")
-        return self.publish(branch, f"git add -A && git commit -q -m '{message}'")
+        return self.publish(branch, "git add -A && git commit -q -m 'a change'")
 
     def merge(self, source: str, branch: str) -> str:
         """Merge one branch into another, as a pull request does; return the merge commit."""
@@ -191,10 +201,6 @@ class Repository:
         """Run a script at the desk, push the branch, return its newest commit."""
         return self.server.out(f"cd {self.desk} && {script} && git push -q -f origin {branch}"
                                " && git rev-parse HEAD", "git")
-
-    def delete(self, branch: str) -> None:
-        """Delete a branch on the git host."""
-        self.server.run(f"git -C {self.desk} push -q origin :{branch}", "git")
 
     def tip(self, branch: str) -> str:
         """Return the branch's newest commit on the git host, or nothing."""
@@ -211,13 +217,13 @@ class Repository:
         """Commit, push, and deliver the webhook; return the commit once it was answered 202."""
         before = self.tip(branch)
         after = self.commit(branch, files)
-        accepted(hook.deliver(push(self.name, branch, after, before, files=tuple(files))))
+        accepted(hook.deliver(push(self.name, branch, after, before)))
         return after
 
     def push_deletion(self, hook: GitHub, branch: str) -> Answer:
         """Delete a branch and deliver the webhook of that."""
         before = self.tip(branch)
-        self.delete(branch)
+        self.server.run(f"git -C {self.desk} push -q origin :{branch}", "git")
         return hook.deliver(push(self.name, branch, ZERO, before))
 
 
@@ -228,34 +234,18 @@ def accepted(answer: Answer) -> Answer:
     return answer
 
 
-def blocks() -> dict[str, str]:
-    """Return the README's marked blocks: the text of the fence below `<!-- vps: NAME -->`."""
-    path = REPOSITORY / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    marked = re.compile(r"<!-- vps: ([\w-]+) -->\n+( *)```\w*\n(.*?)\n *```", re.DOTALL)
-    found: dict[str, str] = {}
-    for name, indent, body in marked.findall(text):
-        lines = [line.removeprefix(indent)
-                 for line in body.split("\n")]
-        found[name] = "\n".join(lines) + "\n"
-    return found
+def readme() -> str:
+    """Return the README and the pages of recipes that it points to."""
+    pages = (REPOSITORY / "README.md", *sorted(REPOSITORY.glob(".ci/*.md")))
+    return "\n".join(page.read_text(encoding="utf-8") for page in pages)
 
 
 def block(name: str) -> str:
-    """Return one block of the README; FailedError where it is missing."""
-    found = blocks()
-    if name not in found:
+    """Return the text of the fence below `<!-- vps: NAME -->`."""
+    marked = re.search(rf"<!-- vps: {name} -->\n+```\w*\n(.*?\n)```", readme(), re.DOTALL)
+    if not marked:
         raise FailedError(f"README.md has no block marked <!-- vps: {name} -->")
-    return found[name]
-
-
-def block_with(word: str) -> str:
-    """Return the README's first fenced block, marked or not, in which a word occurs."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for body in re.findall(r"^```\w+\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        if word in body:
-            return str(body)
-    raise FailedError(f"README.md has no block with {word}")
+    return marked[1]
 
 
 def expect(true: object, otherwise: str) -> None:
