@@ -1020,7 +1020,7 @@ CREATE TABLE pauses (
     run INTEGER,                                -- the rollback that made it
     why TEXT, since REAL, UNIQUE (repo, ref));
 CREATE TABLE reports (id INTEGER PRIMARY KEY AUTOINCREMENT, run INTEGER, state TEXT);
-CREATE TABLE totals (repo TEXT, branch TEXT, state TEXT, runs INTEGER,
+CREATE TABLE totals (repo TEXT, branch TEXT, state TEXT, runs INTEGER, ended REAL,
     PRIMARY KEY (repo, branch, state)) WITHOUT ROWID;
 CREATE TABLE asks (repo TEXT, ref TEXT);        -- what `resume` wants catch-up to look at
 CREATE INDEX runs_of_target ON runs (target, seq);
@@ -1355,9 +1355,9 @@ class Store:
         if state in ENDS and old == "queued":
             self.lift("run = ?", number)  # of a rollback that changed nothing
         if state in ENDS and old == "running":
-            sql = """INSERT INTO totals VALUES (?, ?, ?, 1)
-                ON CONFLICT (repo, branch, state) DO UPDATE SET runs = runs + 1"""
-            self.execute(sql, repo.lower(), short_name(ref), state)
+            sql = """INSERT INTO totals VALUES (?, ?, ?, 1, ?) ON CONFLICT (repo, branch, state)
+                DO UPDATE SET runs = runs + 1, ended = excluded.ended"""
+            self.execute(sql, repo.lower(), short_name(ref), state, facts["ended"])
 
     def put_off(self, number: int, until: float, why: str) -> None:
         """Have a queued run wait until then (seconds since the epoch)."""
@@ -1921,7 +1921,7 @@ class Job:
         self.held: set[int] = set()  # runs whose commits are held
         self.hidden: Sequence[str] = ()  # what the log shows as ***
         self.output: Any = None
-        self.complaint = ""  # that was logged
+        self.began = self.complaint = ""  # lines of the log: that it began, what held it up
         self.through = False  # it has ended, though the history may not know yet
         self.commit, self.subject = run.push.commit, run.push.subject
         self.directory, self.cwd = run.target.directory, run.target.directory
@@ -1983,6 +1983,7 @@ class Job:
             self.locks = take_locks(self.state, names, holder)
         except (Blocked, OSError) as error:
             return Outcome("queued", 0, str(error), LOCK_SECONDS)
+        log.info(self.began)
         try:
             with contextlib.closing(self.open_output()) as self.output:
                 return self.settle() if self.settles else self.carry_out()
@@ -1994,6 +1995,8 @@ class Job:
     def open_output(self) -> Output:
         os.makedirs(self.folder, 0o700, exist_ok=True)
         if not self.settles:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self.folder}begun")  # of an attempt that was cut off
             with open(f"{self.folder}payload.json", "wb", opener=private) as file:
                 file.write(self.payload)
         self.payload = b""  # up to 25 MB, for as long as the run may take
@@ -2603,7 +2606,8 @@ class Connection(BaseHTTPRequestHandler):
 
     def feed(self, data: bytes) -> None:
         """Add to what the client has sent; a head, then its body, may be whole by that."""
-        if self.headers is None:
+        fresh = self.headers is None
+        if fresh:
             if not self.start:
                 self.server.rearm(self)
             self.start += data
@@ -2615,6 +2619,10 @@ class Connection(BaseHTTPRequestHandler):
         self.received += min(len(data), room)
         self.lingers = len(data) > room
         self.server.make_room(self, min(len(data), room))
+        if fresh and self.headers is not None:
+            self.server.check(self, self.length)
+            if self.headers.get("expect", "").lower() == "100-continue" and not self.received:
+                self.handle_expect_100()
         if self.whole:
             self.server.ready.append(self)
 
@@ -2645,9 +2653,6 @@ class Connection(BaseHTTPRequestHandler):
         wish = headers.get("connection", "").lower()
         self.close_connection = wish != "keep-alive" if self.close_connection else "close" in wish
         del start[: end + 4]
-        self.server.check(self, self.length)
-        if headers.get("expect", "").lower() == "100-continue" and not start:
-            self.handle_expect_100()
         return True
 
     def handle_expect_100(self) -> bool:
@@ -2940,7 +2945,6 @@ REMEDIES = {401: "the forge does not know the token; it may have expired: make a
 COLOUR_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")
 ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"})
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-FREE_TEXTS = ("subject", "pusher", "note", "paused")  # people wrote these; all else is our words
 SIGNS = {"ok": "✓", "failed": "✗", "timeout": "✗", "interrupted": "!", "cancelled": "–",
          "superseded": "–", "running": "▸", "queued": "…"}
 GOOD, BAD, ODD = "#23693b", "#ab2f27", "#7d5400"
@@ -2975,18 +2979,14 @@ class Report(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Hold what the page shows; `up` is False for the page that a stop leaves behind."""
+    """What the page shows, redacted; `up` is False for the page that a stop leaves behind."""
 
     now: float
+    up: bool
     targets: Sequence[Facts]
-    runs: Mapping[tuple[str, str, str], Sequence[Facts]]  # by repo, ref, hook; the newest first
-    totals: Sequence[tuple[str, str, str, int]]  # repo, branch, state, how many
-    output: Mapping[int, str]
-    hidden: Sequence[str] = ()
-    up: bool = True
-
-    def runs_of(self, target: Facts) -> Sequence[Facts]:
-        return self.runs.get((target["repo"], target["ref"], target["hook"]), ())
+    runs: Sequence[Sequence[Facts]]  # of each target, the newest first
+    totals: Sequence[tuple[str, str, str, int, float]]  # repo, branch, state, runs, last ended
+    output: Mapping[int, str]  # by run
 
 
 def api_fault(api: str) -> str:
@@ -3002,12 +3002,12 @@ def api_fault(api: str) -> str:
 
 def ask_forge(api: str, token: str, path: str, body: Mapping[str, str]) -> bytes:
     """POST `body` as JSON and return the head of the answer; raise OSError or ValueError."""
-    import http.client
+    from http.client import HTTPConnection, HTTPSConnection
     from urllib.parse import quote, urlsplit
 
     end, parts, head = time.monotonic() + REPORT_SECONDS, urlsplit(api), b""
-    https, plain = http.client.HTTPSConnection, http.client.HTTPConnection
-    connect = https if parts.scheme == "https" else plain
+    connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    # This timeout is for each address of the forge.
     connection = connect(parts.hostname or "", parts.port, timeout=REPORT_SECONDS / 3)
     with contextlib.closing(connection):
         # GitHub, Gitea and Forgejo all take the word "token".
@@ -3035,7 +3035,8 @@ def judge_answer(head: bytes) -> tuple[str, float]:
     spent = re.search(rb"(?i)\nx-ratelimit-remaining:[ \t]*0[ \t]*(\r|$)", head)
     if status in (408, 429) or status >= 500 or (status == 403 and (after or spent)):
         return f"the forge answers {status}", float(after[1]) if after else 0.0
-    return f"{status}, {REMEDIES.get(status, 'is report_api the address of the API?')}", -1.0
+    remedy = REMEDIES.get(status, "is report_api right, or was the repository renamed?")
+    return f"{status}, {remedy}", -1.0
 
 
 def send_report(report: Report) -> tuple[str, float]:
@@ -3061,15 +3062,15 @@ def check_token(api: str, token: str, repo: str) -> str:
     return "" if fault.startswith(("422", "the forge answers 500")) else fault
 
 
-def mark_up(text: object) -> str:
+def mark_up(text: str) -> str:
     """Make strangers' text plain in HTML and SVG: no markup, no control or bidi character."""
-    return escape(str(text)).translate(ENTITIES)
+    return escape(text).translate(ENTITIES)
 
 
 def in_words(seconds: float) -> str:
-    """Spell a duration by its largest unit: `1 day`, `3 minutes`."""
+    """Spell a duration by the largest unit of which it has two: `3 days`, `75 seconds`."""
     sizes = {"day": 86400, "hour": 3600, "minute": 60}
-    unit = next((unit for unit, size in sizes.items() if seconds >= size), "second")
+    unit = next((unit for unit, size in sizes.items() if seconds >= 2 * size), "second")
     number = int(seconds // sizes.get(unit, 1))
     return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
@@ -3123,10 +3124,9 @@ def run_html(now: float, run: Facts, output: str) -> str:
             f"<p class=soft>{' · '.join(facts)}</p>{details}</div>{moment(at, now)}</li>")
 
 
-def section_html(now: float, snapshot: Snapshot, target: Facts) -> str:
-    items = [run_html(now, run, snapshot.output.get(run["run"], ""))
-             for run in snapshot.runs_of(target)[:10]]
+def section_html(now: float, target: Facts, runs: Sequence[Facts], output: Mapping[int, str]) -> str:
     badge = f'<a class=soft href="{mark_up(badge_name(target))}">badge</a>'
+    items = [run_html(now, run, output.get(run["run"], "")) for run in runs]
     return "\n".join([f"<h2>{place_html(target)} {badge}</h2><ol>", *items, "</ol>"])
 
 
@@ -3143,14 +3143,15 @@ def headline(snapshot: Snapshot) -> tuple[bool, str, str]:
 def page_html(snapshot: Snapshot) -> str:
     """Build index.html: no script, nothing from elsewhere; what is not ok comes first."""
     good, words, meaning = headline(snapshot)
-    targets = sorted(snapshot.targets, key=lambda target: target["state"] in (None, "ok"))
+    state, colour = ("ok", GOOD) if good else ("failed", BAD)
     now = snapshot.now if snapshot.up else 0.0  # nobody will rewrite "5 minutes ago"
-    values = {
-        "sign": SIGNS["ok" if good else "failed"], "class": "ok" if good else "failed",
-        "colour": (GOOD if good else BAD).replace("#", "%23"), "words": words,
-        "written": moment(snapshot.now), "meaning": meaning,
-        "targets": "\n".join(target_html(now, target) for target in targets),
-        "sections": "\n".join(section_html(now, snapshot, target) for target in targets)}
+    pairs = sorted(zip(snapshot.targets, snapshot.runs),
+                   key=lambda pair: pair[0]["state"] in (None, "ok"))
+    sections = [section_html(now, target, runs, snapshot.output) for target, runs in pairs]
+    values = {"sign": SIGNS[state], "class": state, "colour": colour.replace("#", "%23"),
+              "words": words, "written": moment(snapshot.now), "meaning": meaning,
+              "targets": "\n".join(target_html(now, target) for target, _ in pairs),
+              "sections": "\n".join(sections)}
     return re.sub(r"\$(\w+)", lambda match: values[match[1]], PAGE)
 
 
@@ -3233,33 +3234,21 @@ def metrics_text(snapshot: Snapshot) -> str:
     found: dict[str, dict[str, float]] = {name: {} for name in METRICS}
     up, written, runs, duration, success, waiting, paused = found.values()
     up[""], written[""] = int(snapshot.up), round(snapshot.now, 3)
-    for repo, branch, state, number in snapshot.totals:
-        place = labels(repo=repo, branch=branch, state=state)
-        runs[place] = runs.get(place, 0) + number
+    ended = {}
+    for repo, branch, state, number, last in snapshot.totals:
+        runs[labels(repo=repo, branch=branch, state=state)] = number
+        ended[state, labels(repo=repo, branch=branch)] = last
     for target in sorted(snapshot.targets, key=lambda target: target["run"] or 0):
-        place = labels(repo=target["repo"], branch=target["branch"])
+        place = labels(repo=target["repo"].lower(), branch=target["branch"])
         waiting[place] = waiting.get(place, 0) + len(target["waiting"])
         paused[place] = int(target["paused"] is not None)
         duration.update({place: target["duration"]} if target["duration"] is not None else {})
-        good = [run["ended"] for run in snapshot.runs_of(target) if run["state"] == "ok"]
-        success.update({place: max(good)} if good else {})
+        success.update({place: ended["ok", place]} if ("ok", place) in ended else {})
     lines = []
     for name, (kind, words) in METRICS.items():
         lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
         lines += [f"{name}{place} {value}" for place, value in found[name].items()]
     return "\n".join([*lines, ""])
-
-
-def without_secrets(snapshot: Snapshot) -> Snapshot:
-    """Redact all that people or scripts wrote."""
-    def clean(facts: Facts) -> Facts:
-        texts = {name: facts[name] for name in FREE_TEXTS if facts.get(name)}
-        return {**facts, **{name: redact(text, snapshot.hidden) for name, text in texts.items()}}
-
-    return snapshot._replace(
-        targets=[clean(target) for target in snapshot.targets],
-        runs={key: [clean(run) for run in runs] for key, runs in snapshot.runs.items()},
-        output={run: redact(text, snapshot.hidden) for run, text in snapshot.output.items()})
 
 
 def replace_file(directory: str, name: str, text: str) -> None:
@@ -3281,43 +3270,52 @@ def replace_file(directory: str, name: str, text: str) -> None:
     os.replace(temporary, path)
 
 
-def remove_badges(directory: str, names: Sequence[str]) -> None:
-    """Remove the badges of hookd but these."""
-    for folder, _, files in os.walk(os.path.join(directory, "badge")):
-        for path in (os.path.join(folder, file) for file in files if file.endswith(".svg")):
-            if os.path.relpath(path, directory) in names or not os.path.isfile(path):
-                continue
-            with open(path, "rb") as file:
-                ours = file.read(len(BADGE_MARK)) == BADGE_MARK.encode()
-            if ours:
-                os.unlink(path)
-                with contextlib.suppress(OSError):
-                    os.removedirs(folder)
-
-
 def write_page(directory: str, snapshot: Snapshot) -> None:
-    """Replace what changed in an existing directory; raise OSError."""
-    snapshot = without_secrets(snapshot)
+    """Replace what changed in an existing directory, remove what is gone; raise OSError."""
     newest_last = sorted(snapshot.targets, key=lambda target: target["run"] or 0)
     badges = {badge_name(target): badge_svg(target) for target in newest_last}
     files = {"index.html": page_html(snapshot), "metrics.prom": metrics_text(snapshot),
              "status.json": json.dumps(snapshot.targets, indent=1) + "\n", **badges}
     for name, text in files.items():
         replace_file(directory, name, text)
-    remove_badges(directory, list(badges))
+    for folder, _, names in os.walk(os.path.join(directory, "badge")):
+        for path in (os.path.join(folder, name) for name in names):
+            if os.path.relpath(path, directory) not in files and is_badge(path):
+                os.unlink(path)
+                with contextlib.suppress(OSError):
+                    os.removedirs(folder)
+
+
+def is_badge(path: str) -> bool:
+    """Tell whether hookd wrote this file."""
+    if os.path.islink(path) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(BADGE_MARK)) == BADGE_MARK.encode()
+
+
+def start_thread(target: Callable[..., None], *arguments: Any) -> bool:
+    """Start a thread that dies with the process; False where there is no room for it."""
+    try:
+        threading.Thread(target=target, args=arguments, daemon=True).start()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Messenger:
     """Send reports and write the page beside the runs; callers call send, show and close.
 
-    `done(report.id)` is called, from a thread, once a report was sent or given up.
+    From its threads it calls `done(report.id)`, once a report was sent or given up, and `write()`,
+    which writes the page and returns whether it has to be kept up to date.
     """
 
-    def __init__(self, done: Callable[[int], None],
+    def __init__(self, done: Callable[[int], None], write: Callable[[], bool],
                  delays: Sequence[float] = REPORT_DELAYS) -> None:
-        self.done, self.delays, self.changed = done, delays, threading.Condition()
+        self.done, self.write, self.delays = done, write, delays
+        self.changed = threading.Condition()
         self.queues: dict[object, deque[Report]] = {}  # by API and token
-        self.page: Optional[tuple[str, Snapshot, Callable[[Snapshot], Snapshot]]] = None  # until it is written
+        self.asked = self.written = 0  # how often the page was
         self.threads: set[object] = set()
         self.told: dict[tuple[str, str], set[str]] = {}
 
@@ -3327,30 +3325,24 @@ class Messenger:
             self.queues.setdefault((report.api, report.token), deque()).append(report)
             self.start_threads()
 
-    def show(self, directory: str, snapshot: Snapshot,
-             complete: Callable[[Snapshot], Snapshot]) -> None:
-        """Write the page, and again every minute until a snapshot is not up or has no directory.
-
-        `complete` adds to it what has to be read from disk.
-        """
+    def show(self) -> None:
+        """Have the page written, soon."""
         with self.changed:
-            self.page = (directory, snapshot, complete)
+            self.asked += 1
             self.changed.notify_all()
             self.start_threads()
 
     def close(self, seconds: float) -> None:
         """Wait until all is sent and written, or until the time is up."""
         with self.changed:
-            self.changed.wait_for(lambda: not self.page and not self.queues, seconds)
+            self.changed.wait_for(lambda: self.asked == self.written and not self.queues, seconds)
 
     def start_threads(self) -> None:
         """Start what is missing; where there is no room for a thread, the next call does."""
         wanted: dict[object, Callable[..., None]] = dict.fromkeys(self.queues, self.deliver)
-        wanted.update({"page": self.paint} if self.page else {})
-        with contextlib.suppress(RuntimeError):
-            for name in wanted.keys() - self.threads:
-                threading.Thread(target=wanted[name], args=(name,), daemon=True).start()
-                self.threads.add(name)
+        wanted.update({"page": self.paint} if self.asked > self.written else {})
+        self.threads |= {name for name in wanted.keys() - self.threads
+                         if start_thread(wanted[name], name)}
 
     def tell(self, place: tuple[str, str], fault: str, text: str) -> None:
         """Log each fault of a place once, until something succeeds there."""
@@ -3386,34 +3378,32 @@ class Messenger:
                   f"run {report.run} cannot be shown on {report.repo} at {report.api}")
 
     def paint(self, name: object) -> None:
-        """Write the newest snapshot, at least every PAGE_SECONDS: the root of a thread."""
-        page = None
-        while True:
+        """Write the page at most once a second, at least once a minute: the root of a thread."""
+        goes_on = True
+        while goes_on:
+            began, asked = time.monotonic(), self.asked
+            goes_on = self.paint_once()
             with self.changed:
-                self.changed.wait_for(lambda: self.page, PAGE_SECONDS)
-                page = self.page or page
-            began = time.monotonic()
-            if page and page[0]:
-                self.paint_one(*page)
-            with self.changed:
-                self.page = None if self.page is page else self.page
+                self.written = asked
                 self.changed.notify_all()
-                if not self.page and not (page and page[0] and page[1].up):
-                    self.threads.discard(name)
-                    return
             # A page of thousands of runs must not keep a processor busy.
             time.sleep(max(1.0, 20 * (time.monotonic() - began)))
+            with self.changed:
+                if goes_on:
+                    self.changed.wait_for(lambda: self.asked > self.written, PAGE_SECONDS)
+                goes_on = goes_on or self.asked > self.written
+                self.threads -= set() if goes_on else {name}
 
-    def paint_one(self, directory: str, snapshot: Snapshot,
-                  complete: Callable[[Snapshot], Snapshot]) -> None:
-        fault = ""
+    def paint_once(self) -> bool:
+        fault, goes_on = "", True
         try:
-            write_page(directory, complete(snapshot)._replace(now=time.time()))
-        except OSError as error:
+            goes_on = self.write()
+        except (OSError, sqlite3.Error, ConfigError) as error:
             fault = str(error)
         except Exception:
             log.exception("a bug in hookd, in the page; please report this")
-        self.tell(("page", directory), fault, "the page cannot be written")
+        self.tell(("page", ""), fault, "the page cannot be written")
+        return goes_on
 
 
 # ===================================================================================== decisions
@@ -3631,7 +3621,7 @@ class Dispatcher:
             store.execute("UPDATE runs SET owed = ? WHERE id = ?", 3 if hook else 0, run.id)
             if hook:
                 job = self.job(run, hook)
-                job.settles = True
+                job.settles, job.began = True, f"run {run.id} was cut off; cleaning up: {run.push}"
                 yield Begin(job)
         running = store.value("SELECT count(*) FROM runs WHERE state = 'running'")
         while running < jobs:
@@ -3646,11 +3636,11 @@ class Dispatcher:
                 yield Line(logging.WARNING, f"run {number} cancelled, its hook is no more: {run.push}")
                 continue
             payload = store.value("SELECT payload FROM runs WHERE id = ?", number)
-            job = self.job(store.begin(number), hook)
+            job = self.job(store.begin(number)._replace(note=run.note), hook)
             job.payload = bytes(payload or b"")
             running += 1
             commit = run.push if not hook.git else run.push.place
-            yield Line(logging.INFO, f"run {number} began: {commit}{self.words(run)}")
+            job.began = f"run {number} began: {commit}{self.words(run)}"
             if not hook.git and run.push.commit:
                 self.report_pending(number)
             yield Begin(job)
@@ -3692,9 +3682,11 @@ class Dispatcher:
         if state == "queued":
             store.move(number, "queued", tries=run.tries + outcome.unreachable, note=outcome.note)
             store.put_off(number, time.time() + outcome.delay, outcome.note)
-            if outcome.note != run.note:
-                yield Line(logging.WARNING if outcome.unreachable else logging.INFO,
+            if outcome.unreachable:
+                yield Line(logging.WARNING,
                            f"run {number} waits {outcome.delay:.0f} s: {outcome.note}: {push}")
+            elif outcome.note != run.note:  # tried every LOCK_SECONDS, and logged once
+                yield Line(logging.INFO, f"run {number} waits: {outcome.note}: {push}")
         elif state == "interrupted":
             yield from self.cut_off(run, job.begun, event.seconds)
         else:
@@ -3809,15 +3801,6 @@ class Dispatcher:
 # verbs and signals wake the main thread through the FIFO `wake` of the state directory.
 
 
-def start_thread(target: Callable[..., None], *arguments: Any) -> bool:
-    """Start a thread that dies with the process; False where there is no room for it."""
-    try:
-        threading.Thread(target=target, args=arguments, daemon=True).start()
-    except RuntimeError:
-        return False
-    return True
-
-
 class Remotes:
     """Find what no delivery announced: ask the remotes at start and every `catch_up`."""
 
@@ -3883,27 +3866,23 @@ class Remotes:
         self.tell(Found(hook, repo, heads))
 
 
-def snapshot_of(store: Store, config: Config) -> Snapshot:
-    """Return what the page shows, but for what is on disk beside the database."""
-    rows = [row for row in listed(store.overview()) if row["hook"] in config.hooks]
-    runs = {(row["repo"], row["ref"], row["hook"]): [
-        clean(facts, RUN_FACTS, ()) for facts in history(store, row["target"], 10)] for row in rows}
-    totals = store.execute("SELECT repo, branch, state, runs FROM totals").fetchall()
-    targets = [clean(row, TARGET_FACTS, ()) for row in rows]
-    return Snapshot(time.time(), targets, runs, totals, {})
-
-
-def complete_snapshot(config: Config, snapshot: Snapshot) -> Snapshot:
-    """Add to a snapshot the last lines of each target's last run, and what is shown as ***."""
-    output = {}
-    for target in snapshot.targets if config.page_output else ():
-        path = run_file(config.state, target["run"] or 0, "output.log")
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            file.seek(max(os.fstat(file.fileno()).st_size - OUTPUT_TAIL, 0))
-            text = file.read(OUTPUT_TAIL).decode("utf-8", "replace")
-            output[target["run"]] = "\n".join(text.splitlines()[-100:])
-    return snapshot._replace(output=output, hidden=hidden_words(config.levels, config.base,
-                                                                config.state))
+def read_page(config: Config, up: bool) -> Snapshot:
+    """Read what the page shows over a connection of its own: the messenger's thread calls it."""
+    hidden, output = hidden_words(config.levels, config.base, config.state), {}
+    with contextlib.closing(Store(config.state)) as store:
+        store.execute("BEGIN")  # all of one instant
+        rows = [row for row in listed(store.overview()) if row["hook"] in config.hooks]
+        runs = [[clean(facts, RUN_FACTS, hidden) for facts in history(store, row["target"], 10)]
+                for row in rows]
+        totals = store.execute("SELECT * FROM totals").fetchall()
+    targets = [clean(row, TARGET_FACTS, hidden) for row in rows]
+    for run in [target["run"] for target in targets if config.page_output]:
+        with contextlib.suppress(OSError):
+            with open(run_file(config.state, run or 0, "output.log"), "rb") as file:
+                file.seek(max(os.fstat(file.fileno()).st_size - OUTPUT_TAIL, 0))
+                text = redact(file.read(OUTPUT_TAIL).decode("utf-8", "replace"), hidden)
+            output[run] = "\n".join(text.splitlines()[-100:])
+    return Snapshot(time.time(), up, targets, runs, totals, output)
 
 
 def make_fifo(path: str) -> int:
@@ -3929,8 +3908,8 @@ class Daemon:
         self.complain_at = 0.0  # when a sick database is logged again
         self.hints: dict[str, bytes] = {}  # which secret a GitHub webhook signed with last
         self.noise, self.remotes = Noise(), Remotes(self.leave)
-        self.messenger = Messenger(lambda report: self.leave(Reported(report)))
-        self.show_at, self.shown_at = NEVER, 0.0  # the page
+        self.messenger = Messenger(lambda report: self.leave(Reported(report)), self.write_page)
+        self.up = True
         usec = os.environ.get("WATCHDOG_USEC", "")
         self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)
         self.where = self.status = self.stored = ""  # address, STATUS= line, stored socket's name
@@ -3964,8 +3943,7 @@ class Daemon:
 
     def turn(self) -> None:
         """Wait for the next thing to do, then do all there is."""
-        due = min(self.look_at, self.stop_at, self.beat_at, self.noise.until, self.remotes.at,
-                  self.show_at)
+        due = min(self.look_at, self.stop_at, self.beat_at, self.noise.until, self.remotes.at)
         connections = self.server.poll(due - time.monotonic() if not self.inbox else 0.0)
         while self.signals:
             self.obey(self.signals.pop(0))
@@ -3978,8 +3956,6 @@ class Daemon:
         if now >= self.stop_at:
             for job in list(self.jobs.values()):
                 job.end("interrupted", "hookd was stopped")
-        if now >= self.show_at:
-            self.show()
         if now >= self.beat_at:
             notify("WATCHDOG=1")
             self.beat_at = now + self.beat
@@ -4048,6 +4024,7 @@ class Daemon:
         if not delivered and not self.inbox and now < self.look_at:
             return
         events: list[Event] = [*self.inbox, *delivered]
+        heard = self.look_at == 0.0
         waited, self.look_at = len(self.inbox), now + NOISE_SECONDS
         try:
             effects = self.dispatcher.turn(events, self.stop_at == NEVER)
@@ -4062,6 +4039,8 @@ class Daemon:
             self.look_at = now + 1
         for effect in effects:
             self.carry_out(effect)
+        if self.config.page and (effects or heard):
+            self.messenger.show()
         self.look_after()
 
     def carry_out(self, effect: Effect) -> None:
@@ -4110,24 +4089,18 @@ class Daemon:
                                            "state = 'running'", why, job.run.id)
         if any(job.doing for job in self.jobs.values()):
             self.look_at = min(self.look_at, time.monotonic() + 1)
-        if self.config.page:
-            self.show_at = min(self.show_at, max(self.shown_at + 1, time.monotonic()))
         hooks, running = len(self.config.hooks), len(self.jobs)
         line = f"STATUS=listening on {self.where}, hooks: {hooks}, running: {running}"
         if line != self.status and self.server.listeners:
             notify(line)
             self.status = line
 
-    def show(self, up: bool = True) -> None:
-        """Have the page written."""
-        self.show_at, self.shown_at = NEVER, time.monotonic()
-        if not self.config.page:
-            return
-        try:
-            snapshot = snapshot_of(self.store, self.config)._replace(up=up)
-        except (sqlite3.Error, OSError, ConfigError):
-            return
-        self.messenger.show(self.config.page, snapshot, partial(complete_snapshot, self.config))
+    def write_page(self) -> bool:
+        """Write the page as things stand, if there is one; the messenger's thread calls it."""
+        config, up = self.config, self.up
+        if config.page:
+            write_page(config.page, read_page(config, up))
+        return up and bool(config.page)
 
     # ---- beginning, changing, ending
 
@@ -4212,7 +4185,9 @@ class Daemon:
         until = self.stop_at = time.monotonic() + CLOSE_SECONDS  # the last turn ends by then
         while self.server.connections and time.monotonic() < until:
             self.turn()
-        self.show(up=False)
+        self.up = False
+        if self.config.page:
+            self.messenger.show()
         self.messenger.close(CLOSE_SECONDS)
         if self.config.listen.startswith("unix:") and not os.environ.get("NOTIFY_SOCKET"):
             with contextlib.suppress(OSError):
@@ -4883,14 +4858,14 @@ def post(config: Config, body: bytes, headers: Mapping[str, str]) -> tuple[int, 
 
 def watch(setup: Setup, number: int, following: bool) -> int:
     """Print a run's output, and with `following` its end once it has come; return its exit status."""
-    store, shown, hidden, lost = setup.store, 0, hidden_of(setup), 0.0
+    store, shown, hidden, lost, last = setup.store, 0, hidden_of(setup), 0.0, b"\n"
     while True:
         rows = store.runs("WHERE r.id = ?", number)
         path = run_file(setup.state, number, "output.log")
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             file.seek(shown)
             for data in iter(partial(file.readline, CHUNK), b""):
-                shown += len(data)
+                shown, last = shown + len(data), data[-1:]
                 show(data, hidden)
         state = rows[0].state if rows else "gone"
         if not following or state not in ("queued", "running", "superseded"):
@@ -4913,7 +4888,7 @@ def watch(setup: Setup, number: int, following: bool) -> int:
     seconds = store.value("SELECT duration FROM runs WHERE id = ?", number) or 0.0
     if following and rows:
         text = summary(rows[0], Outcome(state, code or 0, rows[0].note), seconds)
-        print(escape(redact(text, hidden)))
+        print("" if last == b"\n" else "\n", escape(redact(text, hidden)), sep="")
     return int(code) if code is not None else 0 if state == "ok" else 1
 
 
