@@ -253,8 +253,9 @@ NAME = "[A-Za-z_][A-Za-z0-9_]*"
 PLACES = "{repo} {owner} {name} {branch} {slug}"
 WORK = "work/{repo}/{slug}"
 SCRIPTS = ("command", "activate", "on_success", "on_failure", "on_delete")
-# systemd.exec(5), EnvironmentFile=: quotes may span lines; what has none ends with its line.
-VARIABLE = re.compile(rf"""^[ \t]*({NAME})[ \t]*=[ \t]*(?:"((?:[^"\\]|\\[\s\S])*)"|'([^']*)'|(.*))""", re.MULTILINE)
+# systemd.exec(5), EnvironmentFile=: quoted parts, which may span lines, then plain text.
+QUOTED = r"""[ \t]*(?:"(?:[^"\\]|\\[\s\S])*"|'[^']*')"""
+VARIABLE = re.compile(rf"^[ \t]*({NAME})[ \t]*=((?:{QUOTED})*)[ \t]*((?:[^\\\n]|\\[\s\S])*)", re.MULTILINE)
 
 
 def lines(text: str) -> tuple[str, ...]:
@@ -354,8 +355,9 @@ def networks(text: str) -> tuple[Any, ...]:
 
 def variables(text: str) -> tuple[tuple[str, str], ...]:
     pairs = [line.partition("=") for line in lines(text)]
-    bad = [repr(name) for name, equals, _ in pairs if not equals or not re.fullmatch(NAME, name)]
-    if bad:
+    bad = [f"line {number}" for number, (name, equals, _) in enumerate(pairs, 1)
+           if not equals or not re.fullmatch(NAME, name)]
+    if bad:  # the text may be the second line of a key
         raise ValueError(f"{', '.join(bad)} is no variable; write lines NAME=value")
     return tuple((name, value) for name, _, value in pairs)
 
@@ -363,11 +365,13 @@ def variables(text: str) -> tuple[tuple[str, str], ...]:
 def read_variables(text: str) -> dict[str, str]:
     """Return the variables of an environment file; raise ValueError for a name that is hookd's."""
     found = {}
-    for name, double, single, plain in VARIABLE.findall(text):
+    for name, quoted, plain in VARIABLE.findall(text):
         if name.startswith("HOOKD_"):
             raise ValueError(f"it sets {name}; names that begin with HOOKD_ are hookd's own")
-        double = re.sub(r'\\(["\\`$])', r"\1", double.replace("\\\n", ""))
-        found[name] = double or single or plain.strip()
+        parts = [part.lstrip() for part in re.findall(QUOTED, quoted)]
+        found[name] = "".join(
+            part[1:-1] if part[0] == "'" else re.sub(r'\\(?:\n|(["\\`$]))', r"\1", part[1:-1])
+            for part in parts) + re.sub(r"\\(?:\n|([\s\S]))", r"\1", plain.rstrip())
     return found
 
 
@@ -793,8 +797,7 @@ def read_payload(body: Body, form: bool) -> tuple[Body, dict[str, Any]]:
     """Return the JSON in a body and its object; depth, huge numbers and NaN are refused."""
     try:
         body = form_payload(body) if form else body
-        data = json.loads(str(body, "utf-8"), parse_int=small_int, parse_float=len,
-                          parse_constant=no_number)
+        data = json.loads(str(body, "utf-8"), parse_int=small_int, parse_constant=no_number)
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
@@ -900,7 +903,7 @@ def passed_over(hook: Hook, push: Push, data: Any) -> str:
     """Return why a hook does not run for a push that it takes; "" where it does."""
     if push.deleted:
         return ""
-    message = pick(data, "head_commit", "message")
+    message = pick(pick(data, "workflow_run") or data, "head_commit", "message")
     words = [word for word in hook.skip if isinstance(message, str) and word in message]
     if words:
         return f"ignored: {push}: its message has {words[0]}"
@@ -1719,8 +1722,11 @@ def file_variables(hook: Hook) -> dict[str, str]:
     try:
         with open(hook.environment_file, encoding="utf-8") as file:
             return read_variables(file.read())
-    except (OSError, ValueError) as error:
-        raise OSError(f"environment_file {hook.environment_file}: {error}") from None
+    except OSError as error:
+        raise OSError(f"cannot read {hook.environment_file}: {error.strerror}; make it, readable by "
+                      "hookd's user") from None
+    except ValueError as error:
+        raise OSError(f"cannot use {hook.environment_file}: {error}") from None
 
 
 def base_environment(hook: Hook) -> dict[bytes, bytes]:
@@ -2582,7 +2588,7 @@ class Connection(BaseHTTPRequestHandler):
         last: str = forwarded.rpartition(",")[2].strip()
         # What cannot be read as an address is one that is allowed nowhere.
         readable = re.fullmatch("[0-9A-Fa-f.:]{1,64}", last)
-        return last.replace("::ffff:", "", 1) if readable else "unreadable"
+        return last.removeprefix("::ffff:") if readable else "unreadable"
 
     def handle(self) -> None:
         """Read what has come; the server calls this whenever something has."""
@@ -3124,7 +3130,8 @@ def run_html(now: float, run: Facts, output: str) -> str:
             f"<p class=soft>{' · '.join(facts)}</p>{details}</div>{moment(at, now)}</li>")
 
 
-def section_html(now: float, target: Facts, runs: Sequence[Facts], output: Mapping[int, str]) -> str:
+def section_html(now: float, target: Facts, runs: Sequence[Facts],
+                 output: Mapping[int, str]) -> str:
     badge = f'<a class=soft href="{mark_up(badge_name(target))}">badge</a>'
     items = [run_html(now, run, output.get(run["run"], "")) for run in runs]
     return "\n".join([f"<h2>{place_html(target)} {badge}</h2><ol>", *items, "</ol>"])
@@ -4530,7 +4537,7 @@ def examine_hook(config: Config, hook: Hook, root: str) -> Iterator[tuple[str, s
         try:
             base_environment(hook)
         except OSError as error:
-            yield "environment_file", f"cannot be used: {error}"
+            yield "environment_file", str(error)
 
 
 def examine(setup: Setup, options: "argparse.Namespace") -> Iterator[tuple[str, str, str]]:
