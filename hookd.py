@@ -2903,7 +2903,9 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
 
 def secret_path(name: str) -> str:
     """Return where a secret file is: among systemd's credentials, if it is there, or as it says."""
-    for folder in (os.environ.get("CREDENTIALS_DIRECTORY", ""), "/run/credentials/hookd.service"):
+    unit = "/run/credentials/hookd.service"  # for the verbs; ExecReload= sees it through the daemon
+    daemon = os.environ.get("MAINPID", "self")
+    for folder in (os.environ.get("CREDENTIALS_DIRECTORY", ""), unit, f"/proc/{daemon}/root{unit}"):
         path = os.path.join(folder, os.path.basename(name))
         if folder and os.path.exists(path):
             return path
@@ -4271,23 +4273,30 @@ def read_ini(file: str) -> Ini:
         raise ConfigError(f"{file}: cannot be read: {error}; {remedy}") from None
 
 
-def read_secrets(hook: Hook, default: str, make: bool) -> tuple[bytes, ...]:
-    """Return a hook's secrets; with `make` the default file is made where it is missing.
-
-    Raise OSError or ValueError.
-    """
+def read_secrets(hook: Hook, default: str) -> tuple[bytes, ...]:
+    """Return a hook's secrets; raise OSError or ValueError."""
     found = list(hook.secret)
     if hook.secret_file:
         path = hook.secret_file if hook.secret_file == default else secret_path(hook.secret_file)
-        if make and path == default and not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            with open(path, "x", encoding="utf-8", opener=private) as new:
-                new.write(os.urandom(32).hex() + "\n")
         with open(path, encoding="utf-8") as file:
             found += [line.rstrip("\r") for line in file.read().split("\n") if line.strip()]
     if not found:
         raise ValueError("it is empty")
     return tuple(secret.encode() for secret in found)
+
+
+def make_secret(path: str) -> None:
+    """Make the default secret where it is missing, whole or not at all; raise OSError."""
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        new = f"{path}.{os.getpid()}"
+        try:
+            with open(new, "w", encoding="utf-8", opener=private) as file:
+                file.write(os.urandom(32).hex() + "\n")
+            with contextlib.suppress(FileExistsError):  # another verb was faster
+                os.link(new, path)
+        finally:
+            os.unlink(new)
 
 
 def read_token(hook: Hook) -> str:
@@ -4299,7 +4308,7 @@ def read_token(hook: Hook) -> str:
 
 
 def read_keyring(config: Config, make: bool) -> Keyring:
-    """Return the secrets and tokens that an ini names; raise ConfigError."""
+    """Return the secrets and tokens that an ini names; raise ConfigError, or OSError to `make` one."""
     default, problems = f"{config.state}/secret", []
     hooks: dict[str, tuple[bytes, ...]] = {}
     tokens: dict[str, str] = {}
@@ -4315,12 +4324,14 @@ def read_keyring(config: Config, make: bool) -> Keyring:
             problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); {fault}")
             return otherwise
 
+    if make and any(hook.secret_file == default for hook in (*config.hooks.values(), config.common)):
+        make_secret(default)
     for hook in (*config.hooks.values(), config.common):
         source = (hook.secret, hook.secret_file)
         if source not in known and (hook is not config.common or not config.hooks or hook.secret
                                     or hook.secret_file != default):
             key = "secret_file" if hook.secret_file else "secret"
-            known[source] = attempt(hook, key, partial(read_secrets, hook, default, make), ())
+            known[source] = attempt(hook, key, partial(read_secrets, hook, default), ())
         hooks[hook.section] = known.get(source, ())
         tokens[hook.section] = attempt(hook, "report_token_file", partial(read_token, hook), "")
     if problems:
@@ -4404,15 +4415,22 @@ def show(data: bytes, hidden: Sequence[str]) -> None:
 
 def hidden_of(setup: Setup) -> list[str]:
     """Return what is shown as ***, also where the ini is broken; waits for no dead file system."""
-    found: list[str] = []
-
-    def collect() -> None:
-        found.extend(hidden_words(setup.ini.levels, setup.ini.base, setup.state))
-
-    thread = threading.Thread(target=collect, daemon=True)
-    thread.start()
-    thread.join(2.0)
-    return found
+    # In a child: a process one of whose threads such a file system holds cannot even exit.
+    reader, writer = os.pipe()
+    if not os.fork():
+        try:
+            os.closerange(0, 3)
+            words = hidden_words(setup.ini.levels, setup.ini.base, setup.state)
+            os.write(writer, json.dumps(words).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    data, until = [b""], time.monotonic() + 2
+    while select.select([reader], [], [], max(until - time.monotonic(), 0.0))[0]:
+        data.append(os.read(reader, CHUNK))
+        if not data[-1]:
+            return [str(word) for word in json.loads(b"".join(data) or b"[]")]
+    return []
 
 
 def find_hook(config: Config, options: "argparse.Namespace") -> tuple[Optional[Hook], Push]:
@@ -4548,11 +4566,13 @@ def examine(setup: Setup, options: "argparse.Namespace") -> Iterator[tuple[str, 
     with contextlib.suppress(OSError), open(os.path.join(setup.state, "locks", DAEMON_LOCK)) as file:
         if pid and file.read().split()[2:] not in ([config.log], []):
             yield "hookd", "log", "differs from the running hookd's; systemctl restart hookd"
-    if os.environ.get("MAINPID", "").isdigit() and int(os.environ["MAINPID"]) != pid:
+    moved = os.environ.get("MAINPID", "").isdigit() and int(os.environ["MAINPID"]) != pid
+    if moved:
         yield "hookd", "state", "differs from the running hookd's; systemctl restart hookd"
     asks: list[tuple[str, str, Callable[[], Any]]] = [("hookd", "tls_cert",
                                                        partial(tls_context, config))]
-    if not config.listen.startswith("unix:") and not (pid and config.listen == daemon_address(config)):
+    if not (config.listen.startswith("unix:") or moved
+            or (pid and config.listen == daemon_address(config))):
         asks.append(("hookd", "listen", lambda: open_socket(config.listen).close()))
     if config.page and not os.access(root + config.page, os.W_OK | os.X_OK):
         remedy = f"as root: install -d -o hookd -g hookd {config.page}"
@@ -5089,6 +5109,8 @@ def prepare(options: "argparse.Namespace", argv: Sequence[str]) -> Setup:
     if options.verb in CHANGING and os.geteuid() == 0 and not os.path.isdir(state):
         raise SystemExit(f"hookd: {state} does not exist yet; start hookd first: systemctl start hookd")
     become_owner(state, argv)
+    if os.path.isdir(state) and not os.access(state, os.R_OK | os.X_OK):
+        raise SystemExit(f"hookd: {state}: permission denied; try it with sudo")
     try:
         config = ini.config(state)
     except ConfigError as error:
