@@ -435,6 +435,13 @@ class Hook:
     report_url: str = key("", placed(PLACES + " {run}"))
 
     @property
+    def directory_pattern(self) -> str:
+        """Return the directory with the hook's own pattern in it, to compare two hooks by."""
+        kind = "refs/tags/" if self.event == "release" else "refs/heads/"
+        ref = self.pattern if self.pattern.startswith("refs/") else kind + self.pattern
+        return fill(self.directory, self.repo.lower(), ref)
+
+    @property
     def is_pattern(self) -> bool:
         return bool(re.search(r"[*?\[]", self.repo + self.pattern))
 
@@ -627,13 +634,15 @@ class Ini:
         place = hook.section
         if not hook.command and not hook.git:
             self.problem(place, "command", "is missing; set command, or git, or both")
-        for key in ("deploy_key", "releases"):
-            if getattr(hook, key) and not hook.git:
-                self.problem(place, key, "needs git; set git to the repository's URL")
-        if hook.shared and not hook.releases:
+        own = self.ini[place]  # a default need not concern every hook
+        if hook.releases and not hook.git:
+            self.problem(place, "releases", "needs git; set git to the repository's URL")
+        if "deploy_key" in own and not hook.git:
+            self.problem(place, "deploy_key", "needs git; set git to the repository's URL")
+        if "shared" in own and not hook.releases:
             self.problem(place, "shared", "needs releases; set releases to how many to keep")
-        if hook.workflows and hook.event != "workflow_run":
-            self.problem(place, "workflows", "needs event = workflow_run")
+        if "workflows" in own and hook.event != "workflow_run":
+            self.problem(place, "workflows", "needs event; set event = workflow_run")
         if hook.event == "workflow_run" and not hook.workflows:
             self.warn(place, "workflows", "is not set, so any green workflow deploys; name the one "
                       "that tests")
@@ -4520,19 +4529,17 @@ def writable(path: str, root: str) -> str:
 
 def examine_hook(config: Config, hook: Hook, root: str) -> Iterator[tuple[str, str]]:
     """Yield key and fault of what is wrong with what a hook names, or with its place in the ini."""
-    mine = config.hooks_for(hook.repo)
-    for other in mine[: mine.index(hook)]:
-        same = short_name(hook.pattern) == short_name(other.pattern)
-        if other.event == hook.event and fnmatchcase(hook.pattern, other.pattern):
+    hooks = list(config.hooks.values())
+    for other in hooks[: hooks.index(hook)]:
+        same = hook.directory_pattern == other.directory_pattern
+        if other.event == hook.event and other in config.hooks_for(hook.repo) and fnmatchcase(
+                hook.pattern, other.pattern):
             yield "", f"can never match: [{other.section}] above takes all of it; move this one up"
-        elif same and hook.directory == other.directory == f"{config.state}/{WORK}":
-            yield "directory", f"is that of [{other.section}] too; set directory in one of them"
-    for other in config.hooks.values():
-        if other is hook:
-            break
-        if hook.releases and other.releases and hook.directory == other.directory:
+        elif same and hook.releases and other.releases:
             yield "directory", (f"is that of [{other.section}] too, and releases need one each; "
                                 "set another directory")
+        elif same and hook.directory == f"{config.state}/{WORK}":
+            yield "directory", f"is that of [{other.section}] too; set directory in one of them"
     directory = re.sub(r"/[^/]*\{.*", "", hook.directory) or "/"
     fault = writable(directory, root)
     if fault:
@@ -4608,16 +4615,16 @@ def doubts(setup: Setup) -> Iterator[str]:
     from pathlib import Path
     config, sudo = setup.config, False
     yield from setup.ini.warnings
-    default = f"{config.state}/secret"
     for hook in config.hooks.values():
         sudo = sudo or bool(re.search(r"\bsudo\b", " ".join(getattr(hook, key) for key in SCRIPTS)))
-    secret_files = {hook.secret_file for hook in config.hooks.values() if hook.secret_file}
-    named = {setup.file} if any(hook.secret for hook in config.hooks.values()) else set()
-    for name in sorted(secret_files | named | {default}):
-        path = Path(secret_path(name) if name in secret_files else name)
+    given = [(level, key, text) for level, texts in config.levels.items()
+             for key, text in texts.items() if key in (*SECRETS, "report_token", "report_token_file")]
+    for level, key, text in [*given, ("hookd", "secret_file", f"{config.state}/secret")]:
+        named = key.endswith("_file")
+        path = Path(secret_path(os.path.join(config.base, text)) if named else setup.file)
         bits = [(path, 0o004), *((folder, 0o001) for folder in path.parents)]  # read and enter
         if os.path.exists(path) and all(one.stat().st_mode & bit for one, bit in bits):
-            yield f"{config.name}: every user can read the secret in {path}; chmod o-r {path}"
+            yield f"{config.name}: [{level}] {key}: every user can read {path}; chmod o-r {path}"
     pid = daemon_pid(setup.state)
     with contextlib.suppress(OSError), open(f"/proc/{pid or 'self'}/status") as file:
         if sudo and "NoNewPrivs:\t1" in file.read():
@@ -4654,7 +4661,9 @@ def explain(setup: Setup, options: "argparse.Namespace") -> int:
     for key in HOOK_KEYS:
         level = next((level for level in config.levels_of(hook) if key in config.levels[level]), "")
         text = config.levels[level][key] if level else HOOK_KEYS[key].metadata["text"]
-        if key in (*SECRETS, "report_token") and text and key != "secret_file":
+        if key in SECRETS:  # the two are one setting
+            text, level = getattr(hook, key), level if getattr(hook, key) else ""
+        if key in ("secret", "report_token") and text:
             text = "***"
         if key == "environment":
             text = " ".join(f"{name}=***" for name, _ in hook.environment)
