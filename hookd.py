@@ -4317,7 +4317,7 @@ def read_token(hook: Hook) -> str:
 
 
 def read_keyring(config: Config, make: bool) -> Keyring:
-    """Return the secrets and tokens that an ini names; raise ConfigError, or OSError to `make` one."""
+    """Return the secrets and tokens that an ini names; raise ConfigError or OSError."""
     default, problems = f"{config.state}/secret", []
     hooks: dict[str, tuple[bytes, ...]] = {}
     tokens: dict[str, str] = {}
@@ -4333,7 +4333,7 @@ def read_keyring(config: Config, make: bool) -> Keyring:
             problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); {fault}")
             return otherwise
 
-    if make and any(hook.secret_file == default for hook in (*config.hooks.values(), config.common)):
+    if make and default in {hook.secret_file for hook in config.hooks.values() or [config.common]}:
         make_secret(default)
     for hook in (*config.hooks.values(), config.common):
         source = (hook.secret, hook.secret_file)
