@@ -580,7 +580,8 @@ class Ini:
             raise ValueError("has a NUL in it; take it out")
         if key in FILES and text.startswith("~"):
             raise ValueError("begins with ~, which stays as it is; write the whole path")
-        parsed = KEYS[key].metadata["parse"](text) if text else KEYS[key].default
+        given = text or key == "skip"  # none at all is a choice
+        parsed = KEYS[key].metadata["parse"](text) if given else KEYS[key].default
         return os.path.join(self.base, text) if key in FILES and text else parsed
 
     def look_twice(self, section: str, key: str, text: str) -> None:
@@ -1532,7 +1533,8 @@ class Store:
             why = self.paused(number)
             return "for a free job" if why is None else f"paused: {why}" if why else "paused"
         holder = self.holder(waits)
-        return f"behind run {holder}" if holder else f"for the {waits}"
+        lock = f" ({waits})" if waits.startswith("lock ") else ""
+        return f"behind run {holder}{lock}" if holder else f"for the {waits}"
 
 
 TARGET_FACTS = ("repo", "ref", "branch", "hook", "directory", "run", "state", "event", "cause",
@@ -4405,9 +4407,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, whole but on a terminal that is too narrow."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     room = os.get_terminal_size(1).columns if sys.stdout.isatty() else 10**6
+    while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
+        widths[widths.index(max(widths))] -= 1
     for row in (head, *rows):
-        line = "  ".join(map(str.ljust, row, widths)).rstrip()
-        print(line if len(line) <= room else line[: room - 1] + "~")
+        cells = (text if len(text) <= width else text[: width - 1] + "~"
+                 for text, width in zip(row, widths))
+        print("  ".join(map(str.ljust, cells, widths)).rstrip())
 
 
 def show(data: bytes, hidden: Sequence[str]) -> None:
@@ -4652,11 +4657,7 @@ def explain(setup: Setup, options: "argparse.Namespace") -> int:
     """Print which hook takes REPO BRANCH, and each setting as it is for it; never a secret."""
     hook, push = needed_hook(setup, options)
     config, hidden = setup.config, hidden_of(setup)
-    facts = {"hook": f"[{hook.section}]", "ref": push.ref, "slug": slug(push.ref),
-             "directory": fill(hook.directory, push.repo, push.ref),
-             "git": fill(hook.git, push.repo, push.ref)}
-    for name, text in facts.items():
-        print(escape(redact(f"{name}: {text or '-'}", hidden)))
+    print(escape(f"[{hook.section}] takes {push.ref}, whose slug is {slug(push.ref)}"))
     rows = []
     for key in HOOK_KEYS:
         level = next((level for level in config.levels_of(hook) if key in config.levels[level]), "")
@@ -4665,6 +4666,8 @@ def explain(setup: Setup, options: "argparse.Namespace") -> int:
             text, level = getattr(hook, key), level if getattr(hook, key) else ""
         if key in ("secret", "report_token") and text:
             text = "***"
+        if key in ("directory", "git", "lock", "report_url"):
+            text = fill(getattr(hook, key), push.repo, push.ref)
         if key == "environment":
             text = " ".join(f"{name}=***" for name, _ in hook.environment)
         rows.append([key, redact(" ".join(text.split()), hidden), f"[{level}]" if level else "default"])
@@ -4746,8 +4749,8 @@ def way_back(store: Store, target: Target, named: str) -> tuple[str, str, int]:
     if last != "ok":
         return commit, release, origin
     for number, other, release, restores in good:
-        if number < origin and not restores and other != commit:
-            return other, release, number
+        if number < origin and other != commit:
+            return other, release, restores or number
     raise SystemExit(f"hookd: there is nothing to go back to: no other commit than {commit[:7]} "
                      "ended ok before it")
 
