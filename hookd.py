@@ -1883,8 +1883,8 @@ def remove_tree(path: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def ask_health(address: str) -> tuple[bool, str]:
-    """Ask a healthcheck's URL once, 5 s, without following redirects; return good and its words."""
+def ask_health(address: str, patience: float) -> tuple[bool, str]:
+    """Ask a healthcheck's URL once, without following redirects; return good and its words."""
     from http.client import HTTPConnection, HTTPException, HTTPSConnection
     from urllib.parse import urlsplit
     parts = urlsplit(address)
@@ -1892,13 +1892,13 @@ def ask_health(address: str) -> tuple[bool, str]:
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     try:
         if parts.scheme == "unix":
-            link, name = HTTPConnection("localhost", timeout=5), address[5:].partition(":")[0]
+            link, name = HTTPConnection("localhost", timeout=patience), address[5:].partition(":")[0]
             path = address[5:].partition(":")[2]
             link.sock = socket.socket(socket.AF_UNIX)
-            link.sock.settimeout(5)
+            link.sock.settimeout(patience)
             link.sock.connect(name)
         else:
-            link = kind(parts.hostname or "", parts.port, timeout=5)
+            link = kind(parts.hostname or "", parts.port, timeout=patience)
         with contextlib.closing(link):
             link.request("GET", path, headers={"User-Agent": f"hookd/{VERSION}"})
             answer = link.getresponse()
@@ -2094,13 +2094,13 @@ class Job:
         until = time.monotonic() + self.hook.healthcheck_timeout
         while True:
             asked = time.monotonic()
-            good, answer = ask_health(self.hook.healthcheck)
+            if asked >= until:
+                break
+            good, answer = ask_health(self.hook.healthcheck, min(5.0, until - asked))
+            while not good and not self.verdict and time.monotonic() < min(asked + 1, until):
+                time.sleep(0.05)
             if good or self.verdict:
                 return self.ending(0)
-            if time.monotonic() + 1 > until:
-                break
-            while time.monotonic() < asked + 1 and not self.verdict:
-                time.sleep(0.05)
         address = redact(self.hook.healthcheck, ())
         self.say(f"healthcheck {address} answered last: {answer}")
         return self.ending(1, f"healthcheck: {answer} after {self.hook.healthcheck_timeout} s")
@@ -4663,7 +4663,7 @@ def explain(setup: Setup, options: "argparse.Namespace") -> int:
         level = next((level for level in config.levels_of(hook) if key in config.levels[level]), "")
         text = config.levels[level][key] if level else HOOK_KEYS[key].metadata["text"]
         if key in SECRETS:  # the two are one setting
-            text, level = getattr(hook, key), level if getattr(hook, key) else ""
+            text, level = str(getattr(hook, key) or ""), level if getattr(hook, key) else ""
         if key in ("secret", "report_token") and text:
             text = "***"
         if key in ("directory", "git", "lock", "report_url"):
