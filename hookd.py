@@ -33,6 +33,7 @@ import configparser
 import contextlib
 import errno
 import fcntl
+import grp
 import hashlib
 import hmac
 import io
@@ -2091,16 +2092,14 @@ class Job:
         """Ask the healthcheck once a second until it agrees or its time is over."""
         if not self.hook.healthcheck:
             return None
-        until = time.monotonic() + self.hook.healthcheck_timeout
-        while True:
+        good, answer, until = False, "", time.monotonic() + self.hook.healthcheck_timeout
+        while not good and not self.verdict and time.monotonic() < until:
             asked = time.monotonic()
-            if asked >= until:
-                break
             good, answer = ask_health(self.hook.healthcheck, min(5.0, until - asked))
             while not good and not self.verdict and time.monotonic() < min(asked + 1, until):
                 time.sleep(0.05)
-            if good or self.verdict:
-                return self.ending(0)
+        if good or self.verdict:
+            return self.ending(0)
         address = redact(self.hook.healthcheck, ())
         self.say(f"healthcheck {address} answered last: {answer}")
         return self.ending(1, f"healthcheck: {answer} after {self.hook.healthcheck_timeout} s")
@@ -4512,12 +4511,12 @@ def serve(setup: Setup, options: "argparse.Namespace") -> int:
 
 def writable(path: str, root: str) -> str:
     """Return the fault and remedy of a directory that hookd cannot make or write, or ""."""
-    above = path
+    above = missing = path
     while not os.path.exists(root + above):
-        above = os.path.dirname(above)
+        missing, above = above, os.path.dirname(above)
     if os.access(root + above, os.W_OK | os.X_OK):
         return ""
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
     home = re.match("/home/[^/]+", path)
     if home and (not os.path.exists(root + home[0]) or not os.access(root + home[0], os.X_OK)):
         return (f"{user} cannot enter {home[0]}; as root: setfacl -m u:{user}:x {home[0]}, and "
@@ -4527,8 +4526,8 @@ def writable(path: str, root: str) -> str:
     if root and os.access(above, os.W_OK | os.X_OK):
         return (f"the unit keeps hookd from writing {above}; systemctl edit hookd: "
                 f"ReadWritePaths={place}, or systemctl restart hookd where it is newer than hookd")
-    remedy = (f"chown -R {user}: {above}" if above not in ("/", f"/{parts[1]}") else
-              f"install -d -o {user} -g {user} {place}")
+    remedy = (f"chown -R {user}: {path}" if above == path else
+              f"install -d -o {user} -g {group} {missing}")
     return f"{user} cannot write {above}; as root: {remedy}"
 
 
