@@ -2246,7 +2246,9 @@ class Job:
     def hold_commit(self) -> None:
         """Keep git from losing the commit: no forced push or clean-up takes the way back."""
         clone = os.path.join(self.directory, "repo") if self.hook.releases else self.directory
-        name, found = f"refs/hookd/{self.run.id}", set(os.listdir(f"{clone}/.git/refs/hookd"))
+        name, found = f"refs/hookd/{self.run.id}", set()  # type: str, set[str]
+        with contextlib.suppress(OSError):  # git removes the folder when it has packed its refs
+            found |= set(os.listdir(f"{clone}/.git/refs/hookd"))
         with contextlib.suppress(OSError), open(f"{clone}/.git/packed-refs") as file:
             found |= set(re.findall(r"(?m) refs/hookd/([0-9]+)$", file.read()))
         if self.ask(clone, "update-ref", name, self.commit)[0]:
@@ -2263,8 +2265,9 @@ class Job:
         if os.path.lexists(current) and not os.path.islink(current):
             return Outcome("failed", 1, f"{current} is no link; move it away")
         if os.path.isdir(f"{self.directory}/.git"):
+            away = shlex.join(["mv", self.directory, f"{self.directory}.plain"])
             return Outcome("failed", 1, f"{self.directory} is a plain checkout; set another "
-                           f"directory for releases, or: git clone it elsewhere and empty it")
+                           f"directory, or move it away: {away}")
         for folder in ("repo", "releases", "shared"):
             self.make_directory(f"{self.directory}/{folder}")
         if self.run.release and os.path.isdir(f"{releases}/{self.run.release}"):
@@ -2312,13 +2315,14 @@ class Job:
                 os.makedirs(source, exist_ok=True)
             elif not os.path.exists(source):
                 return Outcome("failed", 1, f"shared file {source} is missing; put it there")
+            folder = os.path.realpath(os.path.dirname(link))  # who may push may have put a link there
+            if not f"{folder}/".startswith(f"{os.path.realpath(self.cwd)}/"):
+                return Outcome("failed", 1, f"shared path {path} leads out of the release by a link")
             if os.path.lexists(link):
                 self.say(f"{path} is in the repository too; the shared one is used")
                 (remove_tree if os.path.isdir(link) and not os.path.islink(link) else os.unlink)(link)
-            os.makedirs(os.path.dirname(link), exist_ok=True)
-            if not os.path.realpath(os.path.dirname(link)).startswith(os.path.realpath(self.cwd)):
-                return Outcome("failed", 1, f"shared path {path} leads out of the release by a link")
-            os.symlink(os.path.relpath(source, os.path.realpath(os.path.dirname(link))), link)
+            os.makedirs(folder, exist_ok=True)
+            os.symlink(os.path.relpath(source, folder), link)
         return None
 
     def switch(self) -> Optional[Outcome]:
@@ -2329,6 +2333,8 @@ class Job:
         failure = self.ending(0)
         if failure is None:
             self.cwd, self.switched, self.changed = f"{self.directory}/current", True, True
+            with open(f"{self.folder}switched", "wb", opener=private):
+                pass  # after a crash from here on, the way back is due
             point(f"{self.directory}/current", f"releases/{self.release}")
         return failure
 
@@ -2360,10 +2366,17 @@ class Job:
         if not live or not os.path.isdir(f"{self.directory}/releases/{live}"):
             return f"nothing to go back to, release {self.release} stays"
         self.say(f"going back to release {live}")
-        self.cwd = f"{self.directory}/current"
-        point(self.cwd, f"releases/{live}")
+        self.cwd, tried = f"{self.directory}/current", (self.release, self.commit)
+        try:
+            point(self.cwd, f"releases/{live}")
+        except OSError as error:
+            return f"could not go back to release {live} ({error}), release {self.release} stays"
+        self.release, self.commit = live, self.run.last_good
         failure = self.go_live()
+        self.release, self.commit = tried
         self.changed, self.verdict = False, None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.folder}switched")
         if failure:
             return f"went back to release {live}, but {failure.note or failure.state}; it stays"
         return f"went back to release {live}, which stands"
@@ -2394,7 +2407,8 @@ class Job:
         run, note = self.run, self.run.note
         self.read_environment()
         if self.hook.releases and os.path.isdir(f"{self.directory}/releases"):
-            if run.live and not self.is_live(run.live):
+            if run.live and (os.path.exists(f"{self.folder}switched")
+                             or not self.is_live(run.live)):
                 note = f"{note}; {self.go_back()}"
                 self.say(note)
                 log.warning("run %d: %s: %s", run.id, note, run.push)
@@ -5007,6 +5021,9 @@ def show_status(setup: Setup, options: "argparse.Namespace") -> int:
                  for facts in history(store, row["target"])]
     else:
         found = [clean(row, TARGET_FACTS, hidden) for row in rows]
+    if options.repo and known and not found:
+        print(f"hookd: nothing has run for {escape(options.repo)} {escape(options.branch or '')}",
+              file=sys.stderr)
     if options.json:
         print(json.dumps(found, indent=1))
     elif options.branch:
