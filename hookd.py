@@ -3165,12 +3165,13 @@ def section_html(now: float, target: Facts, runs: Sequence[Facts],
 
 def headline(snapshot: Snapshot) -> tuple[bool, str, str]:
     """Return whether all is well, that in words, and what an old page means."""
-    targets = snapshot.targets
-    bad = sum(target["state"] not in (None, "ok") for target in targets)
+    ended = [target["state"] for target in snapshot.targets if target["state"]]
+    good = ended.count("ok")
     if not snapshot.up:
         return False, "hookd is stopped", "Nothing is deployed until it is started again."
-    words = f"{len(targets) - bad} of {len(targets)} targets ok" if targets else "No runs yet"
-    return bad == 0, words, "Rewritten every minute: if this is older, hookd is not running."
+    words = f"{good} of {len(ended)} targets ok" if ended else "No run has ended yet"
+    meaning = "Rewritten every minute: if this is older, hookd is not running."
+    return good == len(ended), words, meaning
 
 
 def page_html(snapshot: Snapshot) -> str:
