@@ -440,7 +440,7 @@ class Hook:
         """Return the directory with the hook's own pattern in it, to compare two hooks by."""
         kind = "refs/tags/" if self.event == "release" else "refs/heads/"
         ref = self.pattern if self.pattern.startswith("refs/") else kind + self.pattern
-        return fill(self.directory, self.repo.lower(), ref)
+        return os.path.normpath(fill(self.directory, self.repo.lower(), ref))
 
     @property
     def is_pattern(self) -> bool:
@@ -1832,11 +1832,11 @@ def advice(words: str) -> str:
     return next((what for said, what in ADVICE.items() if said in words), "")
 
 
-def remote_branches(hook: Hook, repo: str, state: str) -> dict[str, str]:
-    """Ask a remote for its branches; return commit by ref; raise OSError with the cause."""
+def remote_refs(hook: Hook, repo: str, state: str, *kinds: str) -> dict[str, str]:
+    """Ask a remote for its refs of kinds like --heads; return commit by ref; raise OSError with the cause."""
     environ = {**base_environment(hook), **git_environment(hook, state)}
     remote = fill(hook.git, repo, "")
-    code, output, errors = ask_git(["ls-remote", "--heads", "--", remote], environ)
+    code, output, errors = ask_git(["ls-remote", *kinds, "--", remote], environ)
     if code:
         first = next((line for line in errors.splitlines() if line[:8] != "Warning:"), "")
         fault = advice(errors) or redact(first, ()) or f"git ended with {code}"
@@ -2274,8 +2274,11 @@ class Job:
             self.release = self.run.release
             return self.switch()
         self.sweep()
-        again = f"-{self.run.attempts + 1}" if self.run.attempts else ""
-        self.release = f"{self.run.id}{again}"
+        attempt = self.run.attempts + 1
+        self.release = f"{self.run.id}-{attempt}" if attempt > 1 else str(self.run.id)
+        while os.path.lexists(f"{releases}/{self.release}"):  # not ours: a lost history's
+            attempt += 1
+            self.release = f"{self.run.id}-{attempt}"
         self.cwd = f"{releases}/{self.release}"
         return (self.fetch(f"{self.directory}/repo") or self.build() or self.share()
                 or self.step("command") or self.switch())
@@ -2287,7 +2290,8 @@ class Job:
         failure = self.check_out(clone) if nested else None
         if failure:
             return failure
-        os.mkdir(self.cwd)
+        with open(f"{self.folder}made.{self.release}", "wb", opener=private):
+            os.mkdir(self.cwd)
         self.changed = False  # nothing that anybody sees
         # git warns in every run's output of an "empty repository" whose HEAD names no commit.
         self.ask(clone, "update-ref", "--no-deref", "HEAD", self.commit)
@@ -2384,9 +2388,9 @@ class Job:
     def sweep(self) -> None:
         """Remove what cut-off attempts of this run left behind."""
         with contextlib.suppress(OSError):
-            for name in os.listdir(f"{self.directory}/releases"):
-                mine = re.fullmatch(rf"{self.run.id}(-[0-9]+)?", name)
-                if mine and name != self.run.live and not self.is_live(name):
+            for mark in os.listdir(self.folder):
+                kind, _, name = mark.partition(".")
+                if kind == "made" and name != self.run.live and not self.is_live(name):
                     remove_tree(f"{self.directory}/releases/{name}")
 
     def clean(self, outcome: Outcome) -> None:
@@ -3308,8 +3312,8 @@ def write_page(directory: str, snapshot: Snapshot) -> None:
     """Replace what changed in an existing directory, remove what is gone; raise OSError."""
     newest_last = sorted(snapshot.targets, key=lambda target: target["run"] or 0)
     badges = {badge_name(target): badge_svg(target) for target in newest_last}
-    files = {"index.html": page_html(snapshot), "metrics.prom": metrics_text(snapshot),
-             "status.json": json.dumps(snapshot.targets, indent=1) + "\n", **badges}
+    files = {**badges, "status.json": json.dumps(snapshot.targets, indent=1) + "\n",
+             "metrics.prom": metrics_text(snapshot), "index.html": page_html(snapshot)}
     for name, text in files.items():
         replace_file(directory, name, text)
     for folder, _, names in os.walk(os.path.join(directory, "badge")):
@@ -3350,6 +3354,7 @@ class Messenger:
         self.changed = threading.Condition()
         self.queues: dict[object, deque[Report]] = {}  # by API and token
         self.asked = self.written = 0  # how often the page was
+        self.closing = False
         self.threads: set[object] = set()
         self.told: dict[tuple[str, str], set[str]] = {}
 
@@ -3369,6 +3374,8 @@ class Messenger:
     def close(self, seconds: float) -> None:
         """Wait until all is sent and written, or until the time is up."""
         with self.changed:
+            self.closing = True
+            self.changed.notify_all()
             self.changed.wait_for(lambda: self.asked == self.written and not self.queues, seconds)
 
     def start_threads(self) -> None:
@@ -3417,12 +3424,12 @@ class Messenger:
         while goes_on:
             began, asked = time.monotonic(), self.asked
             goes_on = self.paint_once()
+            # A page of thousands of runs must not keep a processor busy.
+            pause = max(1.0, 20 * (time.monotonic() - began))
             with self.changed:
                 self.written = asked
                 self.changed.notify_all()
-            # A page of thousands of runs must not keep a processor busy.
-            time.sleep(max(1.0, 20 * (time.monotonic() - began)))
-            with self.changed:
+                self.changed.wait_for(lambda: self.closing, pause)
                 if goes_on:
                     self.changed.wait_for(lambda: self.asked > self.written, PAGE_SECONDS)
                 goes_on = goes_on or self.asked > self.written
@@ -3625,7 +3632,7 @@ class Dispatcher:
                 continue
             store.see(target, ref, commit)
             if noted:
-                number = store.add(Entry(target, push, "catch-up", "catch-up", hook,
+                number = store.add(Entry(target, push, "catch-up", "", hook,
                                          push_json(push)))
                 if hook.queue != "every":
                     store.supersede(number)
@@ -3731,8 +3738,9 @@ class Dispatcher:
                               run.push.ref)
             elif not run.goal and not run.push.deleted and job.commit:
                 sql = """UPDATE heads SET commit_id = ? WHERE target = ? AND ref = ?
-                    AND commit_id = ?"""  # what was seen while it ran stays the newest
-                store.execute(sql, job.commit, run.target.id, run.push.ref, run.push.commit)
+                    AND commit_id IN (?, ?)"""  # what was seen while it ran stays the newest
+                seen = run.push.commit, run.push.before if run.cause == "run" else run.push.commit
+                store.execute(sql, job.commit, run.target.id, run.push.ref, *seen)
             store.move(number, state, **facts)
             for name in job.dropped:
                 store.execute("UPDATE runs SET release = '' WHERE target = ? AND release = ?",
@@ -3888,7 +3896,7 @@ class Remotes:
         """Hand on the newest commit of each branch of a remote."""
         remote = redact(fill(hook.git, repo, ""), ())
         try:
-            heads = remote_branches(hook, repo, state)
+            heads = remote_refs(hook, repo, state, "--heads")
         except OSError as error:
             if remote not in self.down:
                 log.warning("a remote cannot be asked: %s", error)
@@ -4607,7 +4615,7 @@ def examine(setup: Setup, options: "argparse.Namespace") -> Iterator[tuple[str, 
         yield from ((hook.section, key, fault) for key, fault in examine_hook(config, hook, root))
         online = options.online and not hook.repo.endswith("*")
         if hook.git:
-            ask = partial(remote_branches, hook, hook.repo, config.state) if online else partial(
+            ask = partial(remote_refs, hook, hook.repo, config.state) if online else partial(
                 ask_git, ["--version"], base_environment(replace(hook, environment_file="")))
             asks.append((hook.section, "git", ask))
         token = keyring.tokens.get(hook.section, "") if keyring else ""
@@ -4727,12 +4735,17 @@ def follow(setup: Setup, number: int) -> int:
 def run(setup: Setup, options: "argparse.Namespace") -> int:
     """deploy REPO BRANCH now"""
     (hook, push), store = needed_hook(setup, options), setup.store
+    if hook.git and hook.is_pattern and not options.commit:
+        with contextlib.suppress(OSError):  # the run will say what is wrong
+            if push.ref not in remote_refs(hook, push.repo, setup.state, "--heads", "--tags"):
+                raise SystemExit(f"hookd: the remote has no {short_name(push.ref)}; nothing is queued")
     with store.transaction():
         push = push._replace(repo=store.spelling(push.repo))
         target = store.target(hook, push.repo, push.ref)
         goal = full_commit(store, hook, target, options.commit) if options.commit else ""
-        push = push._replace(commit=goal or store.seen(target, push.ref))  # git may know better
-        entry = Entry(target, push, "run", "run", hook, push_json(push), goal if hook.git else "")
+        seen = store.seen(target, push.ref)
+        push = push._replace(commit=goal or ("" if hook.git else seen), before=seen)
+        entry = Entry(target, push, "run", "", hook, push_json(push), goal if hook.git else "")
         number = store.add(entry)
     return follow(setup, number)
 
@@ -4789,7 +4802,7 @@ def rollback(setup: Setup, options: "argparse.Namespace") -> int:
         repo = store.spelling(push.repo)
         subject = store.value("SELECT subject FROM runs WHERE id = ?", restores) or ""
         push = push._replace(repo=repo, commit=commit, subject=subject, event=hook.event)
-        number = store.add(Entry(target, push, "rollback", "rollback", hook, push_json(push),
+        number = store.add(Entry(target, push, "rollback", "", hook, push_json(push),
                                  commit if hook.git else "", release, restores))
         why = f"rolled back to {commit[:7]} by {user_name()}"
         store.pause((repo, push.ref), why, number, target.id)
