@@ -1627,7 +1627,7 @@ ADVICE = {
     "No space left": "the disk is full; make room",
 }
 UNREACHABLE = re.compile(  # git's, curl's and ssh's words for a remote that cannot be reached
-    "Could not resolve host|Temporary failure in name resolution|Connection refused|timed out|"
+    "Could not resolve host|[Uu]nable to look up|Connection refused|timed out|"
     "Network is unreachable|No route to host|Failed to connect|Couldn't connect|Connection reset|"
     "Connection closed by|Operation too slow|returned error: 5|unable to connect|early EOF|"
     "unexpected disconnect|remote end hung up unexpectedly|Recv failure")
@@ -2127,8 +2127,9 @@ class Job:
         silent = self.verdict is not None and self.verdict[0] == "timeout"
         if self.verdict and not silent:
             return self.ending(code) or Outcome("ok")
-        note = f"git {name}: {advice(words) or ('no answer in time' if silent else 'failed')}"
-        if name not in ("fetch", "submodule") or not (silent or UNREACHABLE.search(words)):
+        found = UNREACHABLE.findall(words) + ["no answer in time"] * silent
+        note = f"git {name}: {next(filter(None, [advice(words), *found]), 'failed')}"
+        if name not in ("fetch", "submodule") or not found:
             return Outcome("failed", code or 1, note)
         self.verdict, tries = None, self.run.tries
         if tries < len(RETRY_SECONDS):
