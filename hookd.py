@@ -3848,10 +3848,16 @@ class Remotes:
     """Find what no delivery announced: ask the remotes at start and every `catch_up`."""
 
     def __init__(self, tell: Callable[[Any], None]) -> None:
-        self.tell, self.at = tell, NEVER  # when the next is to be asked
-        self.next: dict[str, float] = {}  # by section
+        self.tell = tell
+        self.next: dict[str, float] = {}  # by section, when its remotes are to be asked
         self.down: set[str] = set()  # those that did not answer, which is logged once
-        self.busy = False
+        self.busy = False  # a thread asks; all that it changes
+        self.rest_until = 0.0  # after a try that failed
+
+    @property
+    def at(self) -> float:
+        """When the next is to be asked."""
+        return NEVER if self.busy else max(self.rest_until, min(self.next.values(), default=NEVER))
 
     def plan(self, config: Config, first: float) -> None:
         """Take a configuration's hooks; those that are new are asked `first` seconds from now."""
@@ -3860,28 +3866,28 @@ class Remotes:
                  if hook.git and hook.catch_up and hook.event == "push"]
         self.next = {hook.section: min(self.next.get(hook.section, now + min(first, hook.catch_up)),
                                        now + hook.catch_up) for hook in hooks}
-        self.at = NEVER if self.busy else min(self.next.values(), default=NEVER)
 
     def hurry(self, sections: Iterable[str]) -> None:
         """Ask these hooks' remotes now."""
         self.next.update((name, 0.0) for name in sections if name in self.next)
-        self.at = NEVER if self.busy else min(self.next.values(), default=NEVER)
 
     def start(self, config: Config, store: Store) -> None:
         """Ask those whose time has come, in a thread of their own."""
         now = time.monotonic()
         due = [config.hooks[name] for name, at in self.next.items()
                if at <= now and name in config.hooks]
+        self.rest_until = now + NOISE_SECONDS
         try:
             pairs = [(hook, repo) for hook in due for repo in store.repositories(hook)]
         except (sqlite3.Error, OSError, ConfigError) as error:
             log.error("remotes cannot be asked now: %s", error)
-            self.at = now + NOISE_SECONDS
             return
-        self.busy = start_thread(self.ask, pairs, config.state)
-        if self.busy:
+        self.busy = True  # before the thread, which may be through at once
+        if start_thread(self.ask, pairs, config.state):
+            self.rest_until = 0.0
             self.next.update((hook.section, now + hook.catch_up) for hook in due)
-        self.at = NEVER if self.busy else now + NOISE_SECONDS
+        else:
+            self.busy = False
 
     def ask(self, pairs: Sequence[tuple[Hook, str]], state: str) -> None:
         """Ask for the branches of one hook after the other: the root of a thread."""
@@ -3890,7 +3896,7 @@ class Remotes:
                 self.ask_remote(hook, repo, state)
             except Exception:
                 log.exception("a bug in hookd, in catch-up; please report this")
-        self.busy, self.at = False, min(self.next.values(), default=NEVER)
+        self.busy = False
         self.tell(None)
 
     def ask_remote(self, hook: Hook, repo: str, state: str) -> None:
