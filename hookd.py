@@ -2305,7 +2305,9 @@ class Job:
                 places.append((commit, path, f"{clone}/{path}", ""))
         for commit, path, source, origin in places:
             tree = os.path.join(self.cwd, path)
-            code = (self.git(self.cwd, "clone", "-q", "--shared", "--no-checkout", "--", source, tree)
+            ours = {**self.git_environment(self.cwd), b"GIT_ALLOW_PROTOCOL": b"file"}
+            clone_it = [*GIT, "clone", "-q", "--shared", "--no-checkout", "--", source, tree]
+            code = (self.child(clone_it, ours, self.cwd)
                     or (origin and self.git(tree, "config", "remote.origin.url", origin))
                     or self.git(tree, "checkout", "-q", "--force", "--detach", commit, "--"))
             if code or self.verdict:
