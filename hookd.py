@@ -2268,7 +2268,7 @@ class Job:
         if os.path.isdir(f"{self.directory}/.git"):
             away = shlex.join(["mv", self.directory, f"{self.directory}.plain"])
             return Outcome("failed", 1, f"{self.directory} is a plain checkout; set another "
-                           f"directory, or move it away: {away}")
+                           f"directory, or move it away ({away})")
         for folder in ("repo", "releases", "shared"):
             self.make_directory(f"{self.directory}/{folder}")
         if self.run.release and os.path.isdir(f"{releases}/{self.run.release}"):
