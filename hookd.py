@@ -2816,7 +2816,7 @@ class Server:
     def make_room(self, connection: Connection, more: int) -> None:
         """Count what came of a body; the oldest unfinished one gives way where there is no room."""
         self.held += more
-        if self.held > self.room:
+        while self.held > self.room and connection.received:
             unfinished = (other for other in self.connections
                           if other.received and (other is connection or not other.whole))
             oldest = next(unfinished, connection)
