@@ -2814,13 +2814,14 @@ class Server:
         self.connections.move_to_end(connection)
 
     def make_room(self, connection: Connection, more: int) -> None:
-        """Count what came of a body; the oldest unfinished one gives way where there is no room."""
+        """Count what came of a body; the oldest unfinished ones give way where there is no room."""
         self.held += more
-        while self.held > self.room and connection.received:
-            unfinished = (other for other in self.connections
-                          if other.received and (other is connection or not other.whole))
-            oldest = next(unfinished, connection)
-            self.refused(oldest, Refusal(503, "too much in flight, send it again later"))
+        if self.held <= self.room:
+            return
+        unfinished = [other for other in self.connections if not other.whole]
+        for oldest in (*unfinished, connection):
+            if self.held > self.room and oldest.received:
+                self.refused(oldest, Refusal(503, "too much in flight, send it again later"))
 
     def forget(self, connection: Connection) -> None:
         """Let go of a request."""
