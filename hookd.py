@@ -49,6 +49,7 @@ import shlex
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import threading
 import time
@@ -1732,6 +1733,8 @@ def file_variables(hook: Hook) -> dict[str, str]:
     if not hook.environment_file:
         return {}
     try:
+        if stat.S_ISFIFO(os.stat(hook.environment_file).st_mode):
+            raise ValueError("a pipe may have nobody at its other end; make it a file")
         with open(hook.environment_file, encoding="utf-8") as file:
             return read_variables(file.read())
     except OSError as error:
@@ -1948,7 +1951,7 @@ class Job:
         self.since = time.monotonic()
         self.release = ""  # the one that it builds, or goes back to
         self.dropped: list[str] = []  # releases that it removed
-        self.switched = self.changed = self.begun = self.shielded = False
+        self.switched = self.changed = self.begun = self.ran = self.shielded = False
         self.variables: dict[bytes, bytes] = {}
         self.deadline = NEVER
         self.verdict: Optional[tuple[str, str]] = None  # state and why, unless it ends by itself
@@ -2027,6 +2030,8 @@ class Job:
             outcome = self.deploy()
         except OSError as error:
             outcome = Outcome("failed", 1, advice(str(error)) or str(error))
+            if isinstance(error, BlockingIOError) and not self.ran:
+                outcome = Outcome("queued", 0, "no room for one more process", 1.0)
         self.doing = ""
         if outcome.state == "queued":
             return outcome
@@ -2478,6 +2483,7 @@ class Job:
         child = subprocess.Popen(
             arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks)
+        self.ran = self.ran or arguments[0] != "git"
         with child:
             try:
                 self.follow(child, child.stdout.fileno())  # type: ignore[union-attr]
@@ -3982,8 +3988,11 @@ class Daemon:
         log.info("listening on %s", self.where)
         notify("READY=1")
         while self.stop_at == NEVER or not all(job.through for job in self.jobs.values()):
-            if time.monotonic() > self.stop_at + 3 * GRACE_SECONDS:
-                break  # a thread that hangs in a dead file system never ends
+            late = time.monotonic() - self.stop_at
+            if late > 0 and all(job.through or job.held_up() for job in self.jobs.values()):
+                break  # a thread that waits for a dead file system never ends
+            if late > 3 * GRACE_SECONDS:
+                break
             try:
                 self.turn()
             except Exception:
