@@ -3322,8 +3322,8 @@ def write_page(directory: str, snapshot: Snapshot) -> None:
     """Replace what changed in an existing directory, remove what is gone; raise OSError."""
     newest_last = sorted(snapshot.targets, key=lambda target: target["run"] or 0)
     badges = {badge_name(target): badge_svg(target) for target in newest_last}
-    files = {**badges, "status.json": json.dumps(snapshot.targets, indent=1) + "\n",
-             "metrics.prom": metrics_text(snapshot), "index.html": page_html(snapshot)}
+    files = {"status.json": json.dumps(snapshot.targets, indent=1) + "\n",
+             "metrics.prom": metrics_text(snapshot), **badges, "index.html": page_html(snapshot)}
     for name, text in files.items():
         replace_file(directory, name, text)
     for folder, _, names in os.walk(os.path.join(directory, "badge")):
