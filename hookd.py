@@ -1323,8 +1323,9 @@ class Store:
         costs two runs. Return the numbers of those replaced.
         """
         target, ref = self.execute("SELECT target, ref FROM runs WHERE id = ?", number).fetchone()
-        sql = f"""SELECT id, tries, burst_end FROM runs WHERE target = ? AND ref = ? AND id < ?
-            AND state = 'queued' AND {REPLACEABLE} ORDER BY id"""
+        sql = f"""SELECT id, tries, burst_end FROM runs INDEXED BY runs_open WHERE target = ?
+            AND ref = ? AND state IN ('queued', 'running') AND state = 'queued' AND id < ?
+            AND {REPLACEABLE} ORDER BY id"""
         rows = self.execute(sql, target, ref, number).fetchall()
         for old, _, _ in rows:
             self.move(old, "superseded", note=f"by run {number}")
@@ -3666,7 +3667,7 @@ class Dispatcher:
     def begin_due(self) -> Iterator[Effect]:
         """Choose what begins, while there are free jobs; a crash's leftovers come first."""
         store, jobs = self.store, self.config.jobs
-        sql = "WHERE r.owed IN (1, 2) AND r.not_before <= ?"
+        sql = "WHERE r.owed > 0 AND r.owed < 3 AND r.not_before <= ?"  # as the index has it
         for run in store.runs(sql, time.time()):
             hook = self.config.hooks.get(run.target.hook)
             store.execute("UPDATE runs SET owed = ? WHERE id = ?", 3 if hook else 0, run.id)
