@@ -3739,6 +3739,7 @@ class Dispatcher:
                            f"run {number} waits {outcome.delay:.0f} s: {outcome.note}: {push}")
             elif outcome.note != run.note:  # tried every LOCK_SECONDS, and logged once
                 yield Line(logging.INFO, f"run {number} waits: {outcome.note}: {push}")
+            self.keep_newest(run)
         elif state == "interrupted":
             yield from self.cut_off(run, job.begun, event.seconds)
         else:
@@ -3763,6 +3764,15 @@ class Dispatcher:
             for line in job.quoted(outcome):
                 yield Line(logging.WARNING, f"run {number} said: {line}")
         yield Done(job, store.prune(run.target.id, self.config.keep))
+
+    def keep_newest(self, run: Run) -> None:
+        """Let a branch's newest push take the place of a run that waits again."""
+        hook = self.config.hooks.get(run.target.hook)
+        sql = f"""SELECT max(id) FROM runs WHERE target = ? AND ref = ?
+            AND state = 'queued' AND {REPLACEABLE}"""
+        newest = self.store.value(sql, run.target.id, run.push.ref)
+        if newest and hook and hook.queue != "every":
+            self.store.supersede(newest)
 
     def cut_off(self, run: Run, begun: bool, seconds: float) -> Iterator[Effect]:
         """Queue again, once, a run that a stop or a crash cut off."""
@@ -3800,12 +3810,7 @@ class Dispatcher:
                 if run.state == "running":
                     begun = os.path.exists(run_file(store.state, run.id, "begun"))
                     effects += self.cut_off(run, begun, 0.0)
-                hook = self.config.hooks.get(run.target.hook)
-                sql = f"""SELECT max(id) FROM runs WHERE target = ? AND ref = ?
-                    AND state = 'queued' AND {REPLACEABLE}"""
-                newest = store.value(sql, run.target.id, run.push.ref)
-                if newest and hook and hook.queue != "every":
-                    store.supersede(newest)
+                self.keep_newest(run)
         return effects
 
     # ---- reports
