@@ -3228,7 +3228,7 @@ ul, ol { list-style: none; border-top: 1px solid var(--line); margin-top: .75rem
 ul { margin-top: 2rem }
 li { display: grid; grid-template-columns: 7rem 1fr auto; column-gap: 1rem; padding: .75rem 0;
   border-bottom: 1px solid var(--line); scroll-margin-top: 5rem }
-li:target { background: var(--mark) }
+li:target { background: var(--mark); box-shadow: -.75rem 0 var(--mark), .75rem 0 var(--mark) }
 li div { min-width: 0 }
 li a { font-weight: 600 }
 b { color: var(--odd); font-weight: 400 }
