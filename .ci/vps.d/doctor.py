@@ -31,8 +31,7 @@ class Doctor(Scene):
 
     def _place(self, directory: str, *words: str) -> None:
         """Expect the words about a directory."""
-        self._told(f"[octo/blog main]\ndirectory = {directory}\ncommand = true\n",
-                   directory, *words)
+        self._told(f"[octo/blog main]\ndirectory = {directory}/source\ncommand = true\n", *words)
 
     def what_is_installed_is_healthy(self) -> None:
         """Exit 0 and a table of the hooks; the remote answers with the README's key."""
@@ -41,9 +40,9 @@ class Doctor(Scene):
 
     def a_place_that_has_to_be_made(self) -> None:
         """Not `chown /srv`: the folder of the site, made for hookd."""
-        self._place("/srv/site/source", "install -d -o hookd -g hookd /srv/site")
-        self.server.run("install -d /srv/locked")
-        self._place("/srv/locked", "chown", "hookd")
+        self._place("/srv/site", "install -d -o hookd -g hookd /srv/site")
+        self.server.run("install -d /srv/locked/source")
+        self._place("/srv/locked", "chown", "hookd", "/srv/locked/source")
 
     def a_place_that_the_unit_closes(self) -> None:
         """Root could write there; the daemon cannot, whoever owns it."""
@@ -61,7 +60,7 @@ class Doctor(Scene):
 
     def sudo_where_nothing_may_gain_privileges(self) -> None:
         self._told("[octo/blog main]\ncommand = sudo systemctl restart blog\n",
-                   "octo/blog main", "sudo", "polkit", code=0)
+                   "warning", "sudo", "polkit", code=0)
 
     def a_host_key_that_changed(self) -> None:
         self.server.run("mkdir /root/keys && mv /etc/ssh/ssh_host_* /root/keys && ssh-keygen -A"

@@ -1,9 +1,7 @@
-"""The other side: GitHub's payloads, its connections, and a load of them."""
+"""The other side: GitHub's webhook, a visitor of a site, and a load of pushes."""
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import socket
 import ssl
 import threading
@@ -11,13 +9,14 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-import peer
-from peer import ZERO
+from harness import form, push_of, read_answer, request, sha
+
+ZERO = "0" * 40
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: status (0: nothing), the line of text or the error, seconds, and for what."""
+    """What came back: status (0: nothing), the text or the error, seconds; of a load, for what."""
 
     status: int
     text: str
@@ -27,18 +26,11 @@ class Answer:
     number: int = 0
 
 
-def sha(word: str) -> str:
-    """Return a commit's name made up from a word."""
-    return hashlib.sha1(word.encode()).hexdigest()
-
-
 def push(repo: str, branch: str, after: str, before: str = "") -> dict[str, Any]:
-    """Return a push payload with the fields that GitHub's has."""
-    payload = peer.push(repo, f"refs/heads/{branch}", after, before=before or ZERO,
-                        created=not before, deleted=after == ZERO)
-    payload["repository"]["pushed_at"] = int(time.time())
-    if after == ZERO:
-        payload.update(commits=[], head_commit=None)
+    """Return the payload of a push; a commit of zeros deletes the branch."""
+    gone: dict[str, Any] = {"deleted": True, "commits": [], "head_commit": None}
+    payload: dict[str, Any] = push_of(branch, after, repo, before=before or ZERO,
+                                      created=not before, **(gone if after == ZERO else {}))
     return payload
 
 
@@ -53,39 +45,31 @@ class GitHub:
     source: str = ""
     tls: ssl.SSLContext | None = None
 
-    def headers(self, body: bytes) -> dict[str, str]:
-        """Return the headers of a delivery, signed over the raw body."""
-        return dict(peer.delivery(body, secret=self.secret).headers, Host=self.host)
+    def deliver(self, payload: dict[str, Any], as_form: bool = False, **headers: str) -> Answer:
+        """Send one delivery; headers are spelled as keywords."""
+        make = form if as_form else request
+        return self.send(make(payload, self.secret, path=self.path, Host=self.host, **headers))
 
-    def deliver(self, payload: dict[str, Any], event: str = "push", form: bool = False,
-                **changed: str) -> Answer:
-        """Send one delivery; `changed` replaces headers (an underscore stands for a hyphen)."""
-        request = peer.delivery(payload, event, self.secret, form=form)
-        headers = dict(request.headers, Host=self.host)
-        headers.update({name.replace("_", "-"): value for name, value in changed.items()})
-        return self.send(request.body, headers)
-
-    def send(self, body: Any, headers: dict[str, str], method: str = "POST",
-             chunked: bool = False) -> Answer:
+    def send(self, data: bytes) -> Answer:
         """Send one request on a connection of its own."""
         began = time.monotonic()
-        connection = http.client.HTTPConnection("localhost", timeout=30)
-        try:
-            connection.sock = socket.create_connection(
-                self.address, 30, (self.source, 0) if self.source else None)
+        source = (self.source, 0) if self.source else None
+        with socket.create_connection(self.address, 30, source) as connected:
             if self.tls:
-                connection.sock = self.tls.wrap_socket(connection.sock, server_hostname=self.host)
-            connection.request(method, self.path, body, headers, encode_chunked=chunked)
-            response = connection.getresponse()
-            text = response.read().decode("utf-8", "replace").strip()
-            return Answer(response.status, text, time.monotonic() - began)
-        finally:
-            connection.close()
+                connected = self.tls.wrap_socket(connected, server_hostname=self.host)
+            with connected, connected.makefile("rb") as stream:
+                connected.sendall(data)
+                answer = read_answer(stream)
+        return Answer(answer.status, answer.text.strip(), time.monotonic() - began)
+
+    def get(self, path: str = "/", **headers: str) -> Answer:
+        """Return what a visitor of this host sees."""
+        return self.send(request(b"", method="GET", path=path, Host=self.host, **headers))
 
 
-def get(host: str, path: str = "/", address: tuple[str, int] = ("127.0.0.1", 80)) -> Answer:
+def get(host: str, path: str = "/", port: int = 80) -> Answer:
     """Return what a visitor of a site sees."""
-    return GitHub("", address, path, host).send(None, {"Host": host}, "GET")
+    return GitHub("", ("127.0.0.1", port), host=host).get(path)
 
 
 @dataclass
@@ -116,7 +100,10 @@ class Load:
             payload = push(self.repo, branch, sha(f"{branch}{number}"))
             try:
                 answer = self.hook.deliver(payload, X_GitHub_Delivery=f"{branch}-{number}")
-            except (OSError, http.client.HTTPException) as error:
+            except OSError as error:
                 answer = Answer(0, f"{type(error).__name__}: {error}", 0)
             self.sent.append(Answer(answer.status, answer.text, time.monotonic() - began, began,
                                     branch, number))
+
+
+__all__ = ["ZERO", "Answer", "GitHub", "Load", "get", "push", "sha"]

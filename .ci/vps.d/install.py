@@ -62,7 +62,7 @@ class Install(Scene):
     def a_push_from_github_with_that_secret_is_deployed(self) -> None:
         """The same from outside, signed with what was pasted into GitHub's page."""
         hook = self.server.webhook()
-        ping = hook.deliver(push("octo/site", "main", sha("a")), "ping")
+        ping = hook.deliver(push("octo/site", "main", sha("a")), X_GitHub_Event="ping")
         expect(ping.text.startswith("pong: octo/site"), f"ping: {ping}")
         accepted(hook.deliver(push("octo/site", "main", sha("b"), sha("a"))))
         self.server.wait_for_state("octo/site", "main", sha("b"))
@@ -130,7 +130,7 @@ class Install(Scene):
         expect(not left, f"left: {left}")
         for port in (9000, 443):
             try:
-                raise FailedError(f"port {port}: {get('localhost', '/', ('127.0.0.1', port))}")
+                raise FailedError(f"port {port}: {get('localhost', '/', port)}")
             except ConnectionRefusedError:
                 pass
 
@@ -184,7 +184,7 @@ class NoSystemd(Scene):
     def _answers(self) -> bool:
         """Tell whether something answers on the port."""
         try:
-            return get("localhost", "/", ("127.0.0.1", 9000)).status > 0
+            return get("localhost", "/", 9000).status > 0
         except OSError:
             return False
 

@@ -12,7 +12,7 @@ import time
 from front import CERTIFICATE, found, trusting
 from github import GitHub, get, push
 from scene import Scene, wait_until
-from server import Repository, Server, accepted, block, expect, readme
+from server import Repository, Server, accepted, block, expect
 
 BUILD = """#!/bin/sh -e
 # The page says which branch's text it is, when, and with what PATH; a staged one shows drafts.
@@ -54,13 +54,6 @@ def page():
     return VERSION + " updated " + updated, STATUS
 
 VERSION, STATUS = "one", 200
-"""
-APP_UNIT = """[Service]
-Type=notify
-User=www-data
-RuntimeDirectory=myapp
-ExecStart=/usr/bin/gunicorn %s app:application
-Restart=always
 """
 APP_SITE = """server {
   listen 443 ssl;
@@ -139,8 +132,8 @@ class Blog(Scene):
         first = self.blog.push(self.hook, "master", {"build.sh": LONG, "text.html": "version 0\n"})
         self.server.wait_for_state("octo/blog", "master", first)
         self.server.write("/tmp/whole.lua", WHOLE)
-        self.server.run("setsid wrk -t1 -c8 -d100s -s /tmp/whole.lua http://blog.example.com/"
-                        " >/tmp/wrk.log 2>&1 & echo $! >/tmp/wrk.pid")
+        self.server.run("setsid wrk -t1 -c8 -d300s -s /tmp/whole.lua -H 'Host: blog.example.com'"
+                        " http://127.0.0.1:80/ >/tmp/wrk.log 2>&1 & echo $! >/tmp/wrk.pid")
         began = time.monotonic()
         for number in range(1, 21):
             name = self.blog.push(self.hook, "master", {"text.html": f"version {number}\n"})
@@ -227,8 +220,7 @@ class App(Scene):
         self.server.run("install -d -o hookd -g hookd /srv/myapp")
         allow_key(self.server, self.app, block("flask-ini"))
         self.server.write("/etc/polkit-1/rules.d/50-hookd.rules", block("polkit"))
-        self.server.write("/etc/systemd/system/myapp.service",
-                          APP_UNIT % found("`(--chdir [^`]+)`", readme()))
+        self.server.write("/etc/systemd/system/myapp.service", block("flask-unit"))
         make = CERTIFICATE.format("/etc/nginx/cert.pem", "/etc/nginx/key.pem")
         self.server.run(f"systemctl daemon-reload; rm /etc/nginx/sites-enabled/*; {make}")
         location = block("nginx-tcp")
@@ -242,8 +234,8 @@ class App(Scene):
 
     def _page(self) -> str:
         """Return what a visitor sees."""
-        visitor = GitHub("", ("127.0.0.1", 443), "/", "myapp.example.com", tls=trusting())
-        return visitor.send(None, {"Host": "myapp.example.com"}, "GET").text
+        visitor = GitHub("", ("127.0.0.1", 443), host="myapp.example.com", tls=trusting())
+        return visitor.get().text
 
     def _push(self, *changes: tuple[str, str], state: str = "ok") -> str:
         """Push a changed app; return its commit once the run ended so."""

@@ -136,7 +136,7 @@ class AtWork(Verbs):
         accepted(self.hook.deliver(push("octo/slow", "main", sha("5"))))
         wait_until("it began", lambda: f"began delivery {sha('5')}" in self._ledger())
         self._verb("cancel octo/slow main", 0, "cancelled")
-        expect(not self.server.out("pgrep -fa 'until.*go' || true"), "the command goes on")
+        expect(not self.server.out("pgrep -fa '[u]ntil.*go' || true"), "the command goes on")
         expect(self.server.target("octo/slow", "main")["state"] == "cancelled", "another state")
 
 
@@ -163,15 +163,15 @@ class Down(Verbs):
     def pause_resume_and_cancel_take_effect_at_once(self) -> None:
         """A run that waits is cancelled without the daemon."""
         self._verb("pause octo/slow -m house", 0)
-        self._verb("run octo/slow main", 1, "when hookd starts")
+        self._verb("run octo/slow main", 1, "begins when")
         waiting = self.server.target("octo/slow", "main")["waiting"]
         self._verb(f"cancel {waiting[0]}", 0, "cancelled")
         self._verb("resume octo/slow", 0)
 
     def run_and_rollback_begin_when_hookd_starts(self) -> None:
         """And are done then."""
-        self._verb("run octo/slow main", 1, "when hookd starts")
-        self._verb("rollback octo/blog main", 1, "when hookd starts")
+        self._verb("run octo/slow main", 1, "begins when")
+        self._verb("rollback octo/blog main", 1, "begins when")
         expect(self._ledger() == "" and self._shown() == "three", "it ran without the daemon")
         self.server.run("systemctl start hookd")
         self.server.wait_for_state("octo/slow", "main")
