@@ -4523,8 +4523,11 @@ def needed_hook(setup: Setup, options: "argparse.Namespace") -> tuple[Hook, Push
 def rows_of(store: Store, options: "argparse.Namespace") -> list[dict[str, Any]]:
     """Return the targets of REPO BRANCH, of REPO, or all, without those that are gone."""
     repo, branch = getattr(options, "repo", None), getattr(options, "branch", None)
+    ran = """SELECT 1 FROM runs WHERE target = ?
+        AND ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"""  # tags share one target
     return [row for row in listed(store.overview()) if (not repo or row["repo"].lower()
-            == repo.lower()) and (not branch or branch in (row["ref"], row["branch"]))]
+            == repo.lower()) and (not branch or branch in (row["ref"], row["branch"])
+                                  or store.value(ran, row["target"], *[branch] * 3))]
 
 
 def serve(setup: Setup, options: "argparse.Namespace") -> int:
@@ -4781,12 +4784,14 @@ def way_back(store: Store, target: Target, named: str) -> tuple[str, str, int]:
     From what does not work to what stands; else from what stands to the newest ok run of another
     commit before the one that deployed it, where a rollback counts as the run that it restored.
     """
-    good = store.good(target.id)
+    good = [row for row in store.good(target.id) if row[1]]  # without git, some know no commit
     if named.isdigit() and len(named) < 10:
         for number, commit, release, restores in store.execute(
                 """SELECT id, commit_id, CASE state WHEN 'ok' THEN release ELSE '' END, restores
-                FROM runs WHERE id = ? AND target = ? AND seq IS NOT NULL""", int(named), target.id):
+                FROM runs WHERE id = ? AND target = ? AND seq IS NOT NULL AND commit_id != ''""",
+                int(named), target.id):
             return commit, release, restores or number
+        raise SystemExit(f"hookd: run {named} deployed no commit that one could go back to")
     if named:
         for number, commit, release, restores in good:
             if commit == named:
@@ -5157,6 +5162,9 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
     of["secret"].add_argument("repo", nargs="?", metavar="REPO", help="owner/repo")
     top.set_defaults(verb="serve")
     options = top.parse_args(argv)
+    words = "".join(word for word in vars(options).values() if isinstance(word, str))
+    if re.search("[\ud800-\udfff]", words.replace(options.file, "")):
+        top.error("its words are no UTF-8 text")
     if options.verb == "check" and options.repo and not options.branch:
         top.error("check takes REPO and BRANCH, or neither")
     return options
