@@ -2253,9 +2253,7 @@ class Job:
     def hold_commit(self) -> None:
         """Keep git from losing the commit: no forced push or clean-up takes the way back."""
         clone = os.path.join(self.directory, "repo") if self.hook.releases else self.directory
-        name, found = f"refs/hookd/{self.run.id}", set()  # type: str, set[str]
-        with contextlib.suppress(OSError):  # git removes the folder when it has packed its refs
-            found |= set(os.listdir(f"{clone}/.git/refs/hookd"))
+        name, found = f"refs/hookd/{self.run.id}", set(os.listdir(f"{clone}/.git/refs/hookd"))
         with contextlib.suppress(OSError), open(f"{clone}/.git/packed-refs") as file:
             found |= set(re.findall(r"(?m) refs/hookd/([0-9]+)$", file.read()))
         if self.ask(clone, "update-ref", name, self.commit)[0]:
