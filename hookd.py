@@ -257,7 +257,8 @@ WORK = "work/{repo}/{slug}"
 SCRIPTS = ("command", "activate", "on_success", "on_failure", "on_delete")
 # systemd.exec(5), EnvironmentFile=: quoted parts, which may span lines, then plain text.
 QUOTED = r"""[ \t]*(?:"(?:[^"\\]|\\[\s\S])*"|'[^']*')"""
-VARIABLE = re.compile(rf"^[ \t]*({NAME})[ \t]*=((?:{QUOTED})*)[ \t]*((?:[^\\\n]|\\[\s\S])*)", re.MULTILINE)
+VARIABLE = re.compile(rf"^[ \t]*({NAME})[ \t]*=((?:{QUOTED})*)[ \t]*((?:[^\\\n]|\\[\s\S])*)",
+                      re.MULTILINE)
 
 
 def lines(text: str) -> tuple[str, ...]:
