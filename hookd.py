@@ -2270,6 +2270,8 @@ class Job:
         releases, current = f"{self.directory}/releases", f"{self.directory}/current"
         if os.path.lexists(current) and not os.path.islink(current):
             return Outcome("failed", 1, f"{current} is no link; move it away")
+        if not self.run.live and os.path.islink(current):  # its history is lost, or another hook's
+            self.run = self.run._replace(live=os.path.basename(os.readlink(current)))
         if os.path.isdir(f"{self.directory}/.git"):
             away = shlex.join(["mv", self.directory, f"{self.directory}.plain"])
             return Outcome("failed", 1, f"{self.directory} is a plain checkout; set another "
@@ -2345,8 +2347,8 @@ class Job:
         failure = self.ending(0)
         if failure is None:
             self.cwd, self.switched, self.changed = f"{self.directory}/current", True, True
-            with open(f"{self.folder}switched", "wb", opener=private):
-                pass  # after a crash from here on, the way back is due
+            with open(f"{self.folder}switched", "w", opener=private) as file:
+                file.write(self.run.live)  # after a crash from here on, the way back is due
             point(f"{self.directory}/current", f"releases/{self.release}")
         return failure
 
@@ -2416,11 +2418,13 @@ class Job:
 
     def settle(self) -> Outcome:
         """Do what a crash left to do: go back from a switch that was not confirmed, on_failure."""
-        run, note = self.run, self.run.note
+        run, note, due = self.run, self.run.note, False
         self.read_environment()
         if self.hook.releases and os.path.isdir(f"{self.directory}/releases"):
-            if run.live and (os.path.exists(f"{self.folder}switched")
-                             or not self.is_live(run.live)):
+            with contextlib.suppress(OSError), open(f"{self.folder}switched") as file:
+                due, run = True, run._replace(live=run.live or file.read())
+            if run.live and (due or not self.is_live(run.live)):
+                self.run = run
                 note = f"{note}; {self.go_back()}"
                 self.say(note)
                 log.warning("run %d: %s: %s", run.id, note, run.push)
@@ -3170,6 +3174,10 @@ def run_html(now: float, run: Facts, output: str) -> str:
             f"<p class=soft>{' · '.join(facts)}</p>{details}</div>{moment(at, now)}</li>")
 
 
+def badge_name(target: Facts) -> str:
+    return f"badge/{target['repo']}/{slug(target['ref'])}.svg"
+
+
 def section_html(now: float, target: Facts, runs: Sequence[Facts],
                  output: Mapping[int, str]) -> str:
     badge = f'<a class=soft href="{mark_up(badge_name(target))}">badge</a>'
@@ -3250,10 +3258,6 @@ $sections
 """
 
 
-def badge_name(target: Facts) -> str:
-    return f"badge/{target['repo']}/{slug(target['ref'])}.svg"
-
-
 def badge_svg(target: Facts) -> str:
     """Build a badge: a branch, and how its last run ended."""
     state, name = target["state"] or "no run yet", escape(target["branch"][:40])
@@ -3318,6 +3322,14 @@ def replace_file(directory: str, name: str, text: str) -> None:
     os.replace(temporary, path)
 
 
+def is_badge(path: str) -> bool:
+    """Tell whether hookd wrote this file."""
+    if os.path.islink(path) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(BADGE_MARK)) == BADGE_MARK.encode()
+
+
 def write_page(directory: str, snapshot: Snapshot) -> None:
     """Replace what changed in an existing directory, remove what is gone; raise OSError."""
     newest_last = sorted(snapshot.targets, key=lambda target: target["run"] or 0)
@@ -3332,14 +3344,6 @@ def write_page(directory: str, snapshot: Snapshot) -> None:
                 os.unlink(path)
                 with contextlib.suppress(OSError):
                     os.removedirs(folder)
-
-
-def is_badge(path: str) -> bool:
-    """Tell whether hookd wrote this file."""
-    if os.path.islink(path) or not os.path.isfile(path):
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(BADGE_MARK)) == BADGE_MARK.encode()
 
 
 def start_thread(target: Callable[..., None], *arguments: Any) -> bool:
@@ -4270,6 +4274,13 @@ class Daemon:
 # daemon, which alone runs commands.
 
 
+def make_state(state: str) -> None:
+    for folder in ("", "runs", "locks", "work"):
+        os.makedirs(os.path.join(state, folder), 0o700, exist_ok=True)
+    with contextlib.suppress(PermissionError):
+        os.chmod(state, 0o700)
+
+
 class Setup(NamedTuple):
     """What a verb works with; `config` is None where the ini is broken and the verb needs none."""
 
@@ -4401,13 +4412,6 @@ def load(file: str, state: str) -> tuple[Config, Keyring]:
     """Read an ini and the secrets it names, for the daemon."""
     config = read_ini(file).config(state)
     return config, read_keyring(config, make=True)
-
-
-def make_state(state: str) -> None:
-    for folder in ("", "runs", "locks", "work"):
-        os.makedirs(os.path.join(state, folder), 0o700, exist_ok=True)
-    with contextlib.suppress(PermissionError):
-        os.chmod(state, 0o700)
 
 
 def daemon_pid(state: str) -> int:
@@ -4619,6 +4623,12 @@ def examine_hook(config: Config, hook: Hook, root: str) -> Iterator[tuple[str, s
             yield "environment_file", str(error)
 
 
+def has_secret(config: Config) -> bool:
+    """Tell whether the default secret exists: before the first start it need not."""
+    return os.path.exists(f"{config.state}/secret") or all(
+        hook.secret_file != f"{config.state}/secret" for hook in config.hooks.values())
+
+
 def examine(setup: Setup, options: "argparse.Namespace") -> Iterator[tuple[str, str, str]]:
     """Yield section, key and fault of what is wrong with what an ini names."""
     config, pid = setup.config, daemon_pid(setup.state)
@@ -4658,12 +4668,6 @@ def examine(setup: Setup, options: "argparse.Namespace") -> Iterator[tuple[str, 
             yield section, key, advice(str(error)) or str(error)
 
 
-def has_secret(config: Config) -> bool:
-    """Tell whether the default secret exists: before the first start it need not."""
-    return os.path.exists(f"{config.state}/secret") or all(
-        hook.secret_file != f"{config.state}/secret" for hook in config.hooks.values())
-
-
 def doubts(setup: Setup) -> Iterator[str]:
     """Yield warnings: what works, and is likely not meant."""
     from pathlib import Path
@@ -4683,23 +4687,6 @@ def doubts(setup: Setup) -> Iterator[str]:
     with contextlib.suppress(OSError), open(f"/proc/{pid or 'self'}/status") as file:
         if sudo and "NoNewPrivs:\t1" in file.read():
             yield f"{config.name}: sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
-
-
-def check(setup: Setup, options: "argparse.Namespace") -> int:
-    """the ini and what it names: every problem, then a table of the hooks"""
-    config = setup.config
-    if options.branch:
-        return explain(setup, options)
-    hidden, bad = hidden_of(setup), 0
-    for section, key, fault in dict.fromkeys(examine(setup, options)):
-        bad += 1
-        place = f"{config.name}: [{section}]{' ' + key if key else ''}: {fault}"
-        print(escape(redact(place, hidden)), file=sys.stderr)
-    for warning in dict.fromkeys(doubts(setup)):
-        print(escape(redact(f"warning: {warning}", hidden)), file=sys.stderr)
-    rows = [[hook.section, hook.event, hook.directory] for hook in config.hooks.values()]
-    table(["HOOK", "EVENT", "DIRECTORY"], rows)
-    return 78 if bad else 0
 
 
 def explain(setup: Setup, options: "argparse.Namespace") -> int:
@@ -4724,6 +4711,23 @@ def explain(setup: Setup, options: "argparse.Namespace") -> int:
     return 0
 
 
+def check(setup: Setup, options: "argparse.Namespace") -> int:
+    """the ini and what it names: every problem, then a table of the hooks"""
+    config = setup.config
+    if options.branch:
+        return explain(setup, options)
+    hidden, bad = hidden_of(setup), 0
+    for section, key, fault in dict.fromkeys(examine(setup, options)):
+        bad += 1
+        place = f"{config.name}: [{section}]{' ' + key if key else ''}: {fault}"
+        print(escape(redact(place, hidden)), file=sys.stderr)
+    for warning in dict.fromkeys(doubts(setup)):
+        print(escape(redact(f"warning: {warning}", hidden)), file=sys.stderr)
+    rows = [[hook.section, hook.event, hook.directory] for hook in config.hooks.values()]
+    table(["HOOK", "EVENT", "DIRECTORY"], rows)
+    return 78 if bad else 0
+
+
 # ---- verbs that change something
 
 
@@ -4744,6 +4748,42 @@ def full_commit(store: Store, hook: Hook, target: Target, text: str) -> str:
             if not code:
                 return commit.strip()
     raise SystemExit(f"hookd: {text!r} is no commit that hookd knows; give all 40 digits")
+
+
+def watch(setup: Setup, number: int, following: bool) -> int:
+    """Print a run's output, and with `following` its end once it has come; return its exit status."""
+    store, shown, hidden, lost, last = setup.store, 0, hidden_of(setup), 0.0, b"\n"
+    while True:
+        rows = store.runs("WHERE r.id = ?", number)
+        path = run_file(setup.state, number, "output.log")
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            file.seek(shown)
+            for data in iter(partial(file.readline, CHUNK), b""):
+                shown, last = shown + len(data), data[-1:]
+                show(data, hidden)
+        state = rows[0].state if rows else "gone"
+        if not following or state not in ("queued", "running", "superseded"):
+            break
+        newer = re.fullmatch(r"by run ([0-9]+)", rows[0].note)
+        if state == "superseded":
+            if not newer:
+                break
+            number, shown = int(newer[1]), 0
+            print(f"hookd: run {number} takes its place", file=sys.stderr)
+        elif not daemon_pid(setup.state):
+            lost = lost or time.monotonic()
+            if time.monotonic() > lost + GRACE_SECONDS:
+                print("hookd: hookd is not running; the run goes on when it starts", file=sys.stderr)
+                return 1
+        else:
+            lost = 0.0
+        time.sleep(0.1)
+    code = store.value("SELECT exit FROM runs WHERE id = ?", number)
+    seconds = store.value("SELECT duration FROM runs WHERE id = ?", number) or 0.0
+    if following and rows:
+        text = summary(rows[0], Outcome(state, code or 0, rows[0].note), seconds)
+        print("" if last == b"\n" else "\n", escape(redact(text, hidden)), sep="")
+    return int(code) if code is not None else 0 if state == "ok" else 1
 
 
 def follow(setup: Setup, number: int) -> int:
@@ -4949,42 +4989,6 @@ def post(config: Config, body: bytes, headers: Mapping[str, str]) -> tuple[int, 
         return answer.status, answer.read().decode().strip()
     except (OSError, HTTPException, ValueError) as error:
         raise SystemExit(f"hookd: no answer on {where} ({error}); is hookd running?") from None
-
-
-def watch(setup: Setup, number: int, following: bool) -> int:
-    """Print a run's output, and with `following` its end once it has come; return its exit status."""
-    store, shown, hidden, lost, last = setup.store, 0, hidden_of(setup), 0.0, b"\n"
-    while True:
-        rows = store.runs("WHERE r.id = ?", number)
-        path = run_file(setup.state, number, "output.log")
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            file.seek(shown)
-            for data in iter(partial(file.readline, CHUNK), b""):
-                shown, last = shown + len(data), data[-1:]
-                show(data, hidden)
-        state = rows[0].state if rows else "gone"
-        if not following or state not in ("queued", "running", "superseded"):
-            break
-        newer = re.fullmatch(r"by run ([0-9]+)", rows[0].note)
-        if state == "superseded":
-            if not newer:
-                break
-            number, shown = int(newer[1]), 0
-            print(f"hookd: run {number} takes its place", file=sys.stderr)
-        elif not daemon_pid(setup.state):
-            lost = lost or time.monotonic()
-            if time.monotonic() > lost + GRACE_SECONDS:
-                print("hookd: hookd is not running; the run goes on when it starts", file=sys.stderr)
-                return 1
-        else:
-            lost = 0.0
-        time.sleep(0.1)
-    code = store.value("SELECT exit FROM runs WHERE id = ?", number)
-    seconds = store.value("SELECT duration FROM runs WHERE id = ?", number) or 0.0
-    if following and rows:
-        text = summary(rows[0], Outcome(state, code or 0, rows[0].note), seconds)
-        print("" if last == b"\n" else "\n", escape(redact(text, hidden)), sep="")
-    return int(code) if code is not None else 0 if state == "ok" else 1
 
 
 def send(setup: Setup, options: "argparse.Namespace") -> int:
