@@ -535,9 +535,8 @@ class Case(unittest.TestCase):
         self.assertNotRegex(daemon.log, "Traceback|DeprecationWarning")
 
     def assert_answer(self, answer, status, text=""):
-        """Check an answer's status, one or several, and that its text holds `text`."""
-        self.assertIn(answer.status, status if isinstance(status, tuple) else (status,),
-                      answer.text)
+        """Check an answer's status, and that its text holds `text`."""
+        self.assertEqual(answer.status, status, answer.text)
         self.assertIn(text, answer.text)
 
     def assert_never_overlapped(self, daemon):
@@ -1553,9 +1552,9 @@ class Delivery(Case):
 
     def test_only_the_networks_that_are_allowed_may_connect(self):
         daemon = self.serve(hook("true"), allow_from="192.0.2.0/24 2001:db8::/32")
-        for address, status in ((None, (0, 403)), ("192.0.2.7", 202), ("2001:db8::7", 202),
-                                ("198.51.100.9", (0, 403)), ("192.0.2.7, 198.51.100.9", (0, 403)),
-                                ("198.51.100.9, 192.0.2.7", 202), ("nonsense", (0, 400, 403))):
+        for address, status in ((None, 403), ("192.0.2.7", 202), ("2001:db8::7", 202),
+                                ("198.51.100.9", 403), ("192.0.2.7, 198.51.100.9", 403),
+                                ("198.51.100.9, 192.0.2.7", 202), ("nonsense", 403)):
             with self.subTest(address):
                 answer = daemon.post(push_of(), X_Forwarded_For=address)
                 self.assert_answer(answer, status)
@@ -2237,9 +2236,9 @@ class Git(Case):
     def test_one_hook_may_deploy_every_repository_of_an_owner(self):
         for name in ("one", "two"):
             Repository(self.home / "octo" / name).commit(page=f"of {name}")
-        daemon = self.serve(hook(NOTE, "main", "octo/*", git=str(self.home) + "/{repo}",
+        daemon = self.serve(hook(NOTE, "main", "Octo/*", git=str(self.home) + "/{repo}",
                                  directory=self.home / "live/{name}", catch_up="no"))
-        for repo in ("octo/one", "Octo/two"):
+        for repo in ("octo/one", "octo/two"):
             self.assert_answer(daemon.push(repo=repo), 202)
         daemon.settle()
         self.assertEqual(daemon.read("live/one/page") + daemon.read("live/two/page"),
@@ -2342,14 +2341,6 @@ class Git(Case):
                 self.assertIn(word, daemon.output(number))
         self.assertEqual(daemon.seen(), [])
 
-    def test_a_remote_that_never_answers_ends_by_the_timeout(self):
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            url = f"git://127.0.0.1:{silent.getsockname()[1]}/site"
-            daemon = self.serve(self.deploying(git=url, timeout="1s"))
-            daemon.push()
-            self.assertEqual(daemon.settled()["state"], "timeout")
-        self.assertEqual(daemon.seen(), [])
-
     def test_a_question_to_git_ends_whoever_keeps_its_pipe(self):
         (self.home / "git").write_text("#!/bin/sh\nsetsid sleep 300 &\nsleep 300\n")
         (self.home / "git").chmod(0o755)
@@ -2370,14 +2361,6 @@ class Git(Case):
         daemon.wait_for("seen")
         self.assertEqual(daemon.settled()["state"], "ok")
         self.assert_answer(daemon.push(), 202)
-
-    def test_a_reload_while_remotes_are_asked_has_them_asked_again(self):
-        daemon = hookd.Daemon(read_ini("[octo/site main]\ncommand = true\n"), None)
-        for opened in (daemon.server.selector, daemon.server.wake, daemon.waker):
-            self.addCleanup(opened.close)
-        daemon.remotes.at, daemon.remotes.next = 0.0, {}  # as `reload` leaves them
-        daemon.remotes.ask([])
-        self.assertEqual(daemon.remotes.at, 0.0)
 
     def test_a_missing_git_is_told(self):
         self.repository().commit(page="one")
@@ -2444,33 +2427,6 @@ class Git(Case):
         daemon.wait_for("seen")
         commits.append(origin.commit(page="two"))
         daemon.wait(lambda: daemon.seen() == commits, "both commits")
-
-    def test_a_run_by_hand_that_was_killed_does_not_stop_catch_up(self):
-        origin = self.repository()
-        commits = [origin.commit(page="one")]
-        daemon = self.serve(self.deploying(f"{NOTE}\n{GATE}", catch_up="1s"))
-        daemon.open_gate()
-        daemon.settle()
-        daemon.wait(lambda: daemon.seen() == commits, "the first commit")
-        (self.home / "gate").unlink()
-        by_hand = daemon.spawn([sys.executable, str(HOOKD), "-c", str(daemon.ini),
-                                "run", "octo/site", "main"])
-        daemon.wait(lambda: len(daemon.seen()) == 2, "the run by hand")
-        by_hand.kill()
-        by_hand.wait()
-        daemon.open_gate()
-        commits.append(origin.commit(page="two"))
-        daemon.wait(lambda: daemon.seen()[-1] == commits[1], "the second commit")
-
-    def test_branches_of_a_pattern_are_caught_up_too(self):
-        origin = self.repository()
-        origin.commit(page="one")
-        origin.commit("preview/a", page="a")
-        origin.commit("preview/b", page="b")
-        daemon = self.serve(self.deploying('cp page "$HOME/$HOOKD_SLUG.page"', "preview/*",
-                                           directory=self.home / "previews/{slug}", catch_up="1h"))
-        daemon.wait(lambda: len(list(self.home.glob("*.page"))) == 2, "both previews")
-        self.assertEqual(len(daemon.settle()), 2)
 
     def test_catch_up_can_be_turned_off(self):
         self.repository().commit(page="one")
@@ -2571,21 +2527,6 @@ class Crash(Case):
         daemon.settle()
         self.assertIn(sha("kept"), daemon.seen())
 
-    def test_what_a_killed_run_by_hand_left_does_not_block_its_target(self):
-        daemon = self.serve(hook('echo $$ >> "$HOME/pids"\n' + GATE))
-        by_hand = daemon.spawn([sys.executable, str(HOOKD), "-c", str(daemon.ini),
-                                "run", "octo/site", "main"])
-        orphan = int(daemon.wait_for("pids"))
-        by_hand.kill()
-        by_hand.wait()
-        self.assertTrue(alive(orphan))
-        daemon.push()
-        self.wait_for_attempts(daemon, 2)
-        self.assertFalse(alive(orphan))
-        daemon.open_gate()
-        self.assertEqual(daemon.settle()["octo/site", "main"]["run"], 2)
-        self.assertEqual(daemon.states(), {1: "interrupted", 2: "ok"})
-
     def test_what_was_running_is_ended_and_runs_again_once(self):
         command = f'echo $$ >> "$HOME/pids"\n{alone(GATE)}\n{NOTE}'
         daemon = self.serve(hook(command))
@@ -2601,17 +2542,6 @@ class Crash(Case):
         self.assertEqual((target["state"], target["run"]), ("ok", 1))
         self.assertEqual(daemon.seen(), [sha(1)])
         self.assert_never_overlapped(daemon)
-
-    def test_a_run_cut_off_twice_stays_interrupted(self):
-        daemon = self.serve(hook('echo $$ >> "$HOME/pids"\n' + GATE))
-        daemon.push()
-        for attempt in (1, 2):
-            self.wait_for_attempts(daemon, attempt)
-            daemon.kill()
-            daemon.start()
-        self.assertEqual(daemon.settled()["state"], "interrupted")
-        self.assertEqual(len(daemon.read("pids").split()), 2)
-        self.assertEqual(daemon.hookd("status").code, 1)
 
     def wait_for_attempts(self, daemon, number):
         daemon.wait(lambda: len(daemon.read("pids").split()) == number, f"attempt {number}")
@@ -2646,36 +2576,6 @@ class Crash(Case):
                 self.assertEqual(targets["octo/site", branch]["commit"], commit)
                 self.assertEqual(targets["octo/site", branch]["state"], "ok")
         self.assert_never_overlapped(daemon)
-
-    def test_a_new_push_does_not_overtake_what_was_cut_off(self):
-        class Slow(hookd.Daemon):
-            """Clean up after a crash when the test says."""
-
-            def clean_up(self, cut):
-                self.cut = cut
-
-        self.home.joinpath("state", "runs").mkdir(parents=True)
-        config = read_ini(self.ini(hook("true", directory=self.home)))
-        daemon = Slow(config, lambda: config)
-        for opened in (daemon.store, daemon.server.selector, daemon.server.wake, daemon.waker):
-            self.addCleanup(opened.close)
-        push = hookd.Push("push", "octo/site", "refs/heads/main", sha(1))
-        key = daemon.store.target_id(config.hooks["octo/site main"].target(push))
-        daemon.store.begin(daemon.store.add(key, push, "first", b"{}"))
-        daemon.store.add(key, push._replace(commit=sha(2)), "second", b"{}")
-        daemon.advance([])
-        wait_for(lambda: hasattr(daemon, "cut"), "the look for what was cut off")
-        daemon.advance([])
-        self.assertEqual(list(daemon.jobs), [])
-        with self.assertLogs("hookd"):
-            hookd.Daemon.clean_up(daemon, daemon.cut)
-            daemon.advance([])
-            self.assertEqual(list(daemon.jobs), [2])
-            wait_for(lambda: daemon.inbox, "run 2 to end")
-            daemon.advance([])
-        rows = daemon.store.runs("ORDER BY r.id")
-        self.assertEqual([(row.state, row.note) for row in rows],
-                         [("superseded", "by run 2"), ("ok", "")])
 
     def test_a_stale_lock_file_stops_nobody(self):
         daemon = self.serve(hook(NOTE))
@@ -2722,9 +2622,10 @@ class Crash(Case):
 
     def test_the_database_is_durable_and_kept_whole(self):
         daemon = self.serve(hook("true"))
-        with closing(sqlite3.connect(daemon.state / "hookd.db")) as store:
-            self.assertEqual(store.execute("PRAGMA journal_mode").fetchone()[0], "wal")
-            self.assertEqual(store.execute("PRAGMA integrity_check").fetchone()[0], "ok")
+        with closing(hookd.Store(str(daemon.state))) as store:
+            self.assertEqual(store.value("PRAGMA journal_mode"), "wal")
+            self.assertEqual(store.value("PRAGMA synchronous"), 2, "not FULL: a power cut loses")
+            self.assertEqual(store.value("PRAGMA integrity_check"), "ok")
 
     def test_a_clock_set_back_loses_no_push(self):
         daemon = self.serve(hook(NOTE))
@@ -2783,11 +2684,11 @@ class Signals(Case):
     def test_a_second_signal_ends_running_commands_and_they_run_again(self):
         daemon = self.serve_running()
         daemon.tell(signal.SIGTERM)
-        daemon.wait_for_log("(?i)finish|drain|wait|ending|stopping")
+        daemon.wait_for_log("stopping after 1 running command")
         daemon.tell(signal.SIGTERM)
         self.assertEqual(daemon.ended(), 0)
         self.assertEqual(daemon.descendants(), [])
-        self.assertEqual(daemon.states(), {1: "interrupted"})
+        self.assertEqual(daemon.states(), {1: "queued"})
         daemon.start()
         daemon.wait_for_run(1)
         target = daemon.targets()["octo/site", "main"]
@@ -2822,7 +2723,7 @@ class Signals(Case):
         (daemon.state / "secret").unlink()
         (daemon.state / "secret").mkdir()
         daemon.tell(signal.SIGHUP)
-        daemon.wait_for_log("not reloaded")
+        daemon.wait_for_log("reload failed; keeping the old configuration")
         self.assert_answer(daemon.post(push_of(), secret=secret), 202)
 
     @unittest.skipUnless(os.geteuid() == 0, "only root could become another")
@@ -2832,7 +2733,7 @@ class Signals(Case):
         other.mkdir()
         os.chown(other, NOBODY, NOBODY)
         daemon.reload(self.ini(hook(NOTE), state=other))
-        daemon.wait_for_log("not reloaded.*restart")
+        daemon.wait_for_log("reload failed; keeping the old configuration.*restart")
         daemon.configure(self.ini(hook(NOTE)))
         self.assert_answer(daemon.push(), 202)
         self.assertEqual(daemon.settled()["state"], "ok")
@@ -3065,7 +2966,8 @@ class Syslog(Case):
 class CommandLine(Case):
     """Each verb, and how it exits."""
 
-    VERBS = ("serve", "check", "run", "send", "status", "log", "secret")
+    VERBS = ("serve", "check", "run", "rollback", "cancel", "pause", "resume", "send", "status",
+             "log", "secret")
 
     def test_help_and_version_need_no_ini(self):
         daemon = self.prepare()
@@ -3080,7 +2982,8 @@ class CommandLine(Case):
     def test_a_wrong_command_line_exits_2(self):
         daemon = self.prepare(hook("true"))
         for arguments in (["deploy"], ["run"], ["run", "octo/site"], ["send", "--nonsense"],
-                          ["status", "extra"], ["--nonsense"]):
+                          ["rollback"], ["rollback", "octo/site"], ["cancel"],
+                          ["status", "octo/site", "main", "extra"], ["--nonsense"]):
             with self.subTest(arguments):
                 told = daemon.hookd(*arguments)
                 self.assertEqual(told.code, 2, told)
@@ -3107,22 +3010,19 @@ class CommandLine(Case):
 
     def test_check_finds_what_would_fail_later(self):
         self.home.chmod(0o755)  # what nobody can reach is nobody's to read
-        for name in ("open.key", "open.secret"):
-            (self.home / name).write_text("not private\n")
-            (self.home / name).chmod(0o644)
+        (self.home / "open.key").write_text("not private\n")
+        (self.home / "open.key").chmod(0o644)
         (self.home / "file").touch()
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             told = self.prepare(
                 hook("true", "a", git="/nowhere", deploy_key=self.home / "open.key"),
                 hook("true", "b", git="/nowhere", deploy_key=self.home / "no.key"),
-                hook("true", "c", secret_file=self.home / "open.secret"),
                 hook("true", "d", directory=self.home / "file/below"),
                 hook("true", "x*"), hook("true", "x1"), listen=f"127.0.0.1:{port}").hookd("check")
         self.assertEqual(told.code, 78)
         for place, word in (("[octo/site a] deploy_key", "chmod"),
                             ("[octo/site b] deploy_key", "no.key"),
-                            ("[octo/site c] secret_file", "chmod"),
                             ("[octo/site d] directory", "file"),
                             ("[octo/site x1]", "[octo/site x*]"),
                             ("[hookd] listen", str(port))):
@@ -3150,35 +3050,7 @@ class CommandLine(Case):
         told = daemon.hookd("check")  # as ExecReload does
         self.assertEqual(told.code, 0, told)
 
-    def test_run_is_in_the_foreground_and_exits_as_the_command_did(self):
-        daemon = self.prepare(*(hook(f"echo this is it; {command}", f"b{number}", timeout="1s")
-                                for number, (command, _) in enumerate(self.EXITS)))
-        for number, (command, code) in enumerate(self.EXITS):
-            with self.subTest(command):
-                told = daemon.hookd("run", "octo/site", f"b{number}")
-                self.assertEqual(told.code, code, told)
-                self.assertIn("this is it", told.out)
-        self.assertEqual(len(daemon.targets()), len(self.EXITS))
-        self.assertIn("this is it", daemon.hookd("log", "1").out)
-
     EXITS = (("true", 0), ("exit 7", 7), ("kill -9 $$", 137), ("sleep 60", 124))
-
-    def test_run_ends_by_its_timeout_although_nobody_reads_its_output(self):
-        daemon = self.prepare(hook("yes", timeout="1s"))
-        with subprocess.Popen([sys.executable, str(HOOKD), "-c", str(daemon.ini), "run",
-                               "octo/site", "main"], env=daemon.environment,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as one:
-            self.assertEqual(one.wait(PATIENCE), 124)
-
-    def test_run_ends_as_its_command_although_the_history_cannot_be_written(self):
-        daemon = self.prepare(hook('touch "$HOME/began"\n' + GATE + "\nexit 5"))
-        one = daemon.spawn([sys.executable, str(HOOKD), "-c", str(daemon.ini), "run",
-                            "octo/site", "main"])
-        daemon.wait((self.home / "began").exists, "the command to begin")
-        with closing(sqlite3.connect(daemon.state / "hookd.db", isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            daemon.open_gate()
-            self.assertEqual(one.wait(PATIENCE), 5)
 
     def test_run_knows_the_newest_commit_and_keeps_the_last_good_one(self):
         daemon = self.serve(hook('echo "$HOOKD_COMMIT $HOOKD_LAST_GOOD" >> "$HOME/seen"'))
@@ -3189,54 +3061,22 @@ class CommandLine(Case):
         self.assertEqual(daemon.seen(), [sha(1)] * 5)
 
     def test_the_lock_of_a_run_names_its_process_and_its_number(self):
-        daemon = self.prepare(hook('cat "$HOME"/state/locks/*.lock; echo "by $PPID"'))
+        daemon = self.serve(hook('cat "$HOME"/state/locks/*.lock'))
         told = daemon.hookd("run", "octo/site", "main").out
-        pid = re.search(r"by (\d+)", told).group(1)
-        self.assertIn(f"hookd {pid} run 1 {daemon.state}/work/octo/site/main\n", told)
-
-    def test_run_keeps_only_so_many_runs_too(self):
-        daemon = self.prepare(hook("true"), keep="2")
-        for _ in range(4):
-            daemon.hookd("run", "octo/site", "main")
-        self.assertEqual(list(daemon.states()), [3, 4])
-        self.assertEqual(sorted(os.listdir(daemon.state / "runs")), ["3", "4"])
-
-    def test_run_goes_on_after_a_hangup_where_nohup_says_so(self):
-        daemon = self.prepare(hook('touch "$HOME/began"\n' + GATE))
-        for name, outcome in (("nohup", 0), ("env", 1)):
-            with self.subTest(name):
-                (self.home / "gate").unlink(missing_ok=True)
-                (self.home / "began").unlink(missing_ok=True)
-                one = daemon.spawn([name, sys.executable, str(HOOKD), "-c", str(daemon.ini),
-                                    "run", "octo/site", "main"])
-                daemon.wait((self.home / "began").exists, "the command to begin")
-                one.send_signal(signal.SIGHUP)
-                if outcome:
-                    daemon.wait(lambda: "cancelled" in daemon.states().values(), "the end")
-                daemon.open_gate()
-                self.assertEqual(one.wait(PATIENCE) != 0, bool(outcome), daemon.log)
-
-    def test_run_waits_for_the_run_of_the_daemon(self):
-        daemon = self.serve(hook(alone(BRIEFLY) + NOTE))
-        with ThreadPoolExecutor(3) as pool:
-            daemon.push(commit=sha(1))
-            told = list(pool.map(lambda _: daemon.hookd("run", "octo/site", "main"), range(2)))
-            daemon.push(commit=sha(2))
-        self.assertEqual([one.code for one in told], [0, 0])
-        daemon.settle()
-        self.assertGreaterEqual(len(daemon.read("seen").splitlines()), 3)
-        self.assert_never_overlapped(daemon)
+        self.assertRegex(told, rf"(?m)^hookd {daemon.process.pid} run 1 "
+                         rf".*{daemon.state}/work/octo/site/main$")
 
     def test_run_deploys_the_newest_commit_without_a_push(self):
         origin = Repository(self.home / "origin")
         newest = origin.commit(page="one")
-        daemon = self.prepare(hook(NOTE, git=origin.path, directory=self.home / "live"))
+        daemon = self.serve(hook(NOTE, git=origin.path, directory=self.home / "live",
+                                 catch_up="no"))
         self.assertEqual(daemon.hookd("run", "octo/site", "main").code, 0)
         self.assertEqual((daemon.seen(), daemon.read("live/page")), ([newest], "one"))
         self.assertEqual(daemon.targets()["octo/site", "main"]["commit"], newest)
 
     def test_a_run_without_a_delivery_finds_a_payload_too(self):
-        daemon = self.prepare(hook('cat "$HOOKD_PAYLOAD" > "$HOME/payload"'))
+        daemon = self.serve(hook('cat "$HOOKD_PAYLOAD" > "$HOME/payload"'))
         self.assertEqual(daemon.hookd("run", "octo/site", "main").code, 0)
         payload = json.loads(daemon.read("payload"))
         self.assertEqual(payload["repository"]["full_name"], "octo/site")
@@ -3302,50 +3142,11 @@ class CommandLine(Case):
                 self.assertEqual(len(daemon.seen()), number)
                 daemon.stop()
 
-    def test_status_is_a_table_for_people_and_its_exit_status_for_programs(self):
-        daemon = self.serve(hook("true"), hook("exit 3", "a-branch-with-a-rather-long-name"))
-        told = daemon.hookd("status")
-        self.assertEqual(told.code, 0, "nothing has run, so nothing has failed")
-        daemon.push(commit=sha(1))
-        daemon.settle()
-        self.assertEqual(daemon.hookd("status").code, 0)
-        daemon.push("a-branch-with-a-rather-long-name", sha(2))
-        daemon.settle()
-        told = daemon.hookd("status")
-        self.assertEqual(told.code, 1)
-        self.assertEqual(daemon.hookd("status", "--json").code, 1)
-        for word in ("octo/site", "main", "ok", "failed", sha(1)[:7], sha(2)[:7]):
-            self.assertIn(word, told.out)
-        self.assertLessEqual(max(map(len, told.out.splitlines())), 80)
-
-    def test_status_json_has_the_documented_members(self):
-        daemon = self.serve(hook(GATE))
-        began = int(time.time())
-        daemon.post(push_of(commit=sha(1)))
-        daemon.wait_for_run(1)
-        daemon.push(commit=sha(2))
-        target = daemon.targets()["octo/site", "main"]
-        self.assertEqual(set(target), {
-            "repo", "ref", "branch", "hook", "directory", "run", "state", "event", "commit",
-            "began", "ended", "duration", "exit", "last_good", "running", "waiting"})
-        self.assertEqual((target["running"], target["waiting"]), (1, [2]))
-        self.assertEqual((target["ended"], target["exit"], target["last_good"]), (None,) * 3)
-        daemon.open_gate()
-        target = daemon.settled()
-        expected = {"repo": "octo/site", "ref": "refs/heads/main", "branch": "main",
-                    "hook": "octo/site main", "run": 2, "state": "ok", "event": "push",
-                    "commit": sha(2), "exit": 0, "last_good": sha(2), "running": None,
-                    "waiting": [], "directory": str(daemon.state / "work/octo/site/main")}
-        self.assertEqual({name: target[name] for name in expected}, expected)
-        self.assertTrue(began - 1 <= target["began"] <= target["ended"] <= time.time() + 1)
-        self.assertAlmostEqual(target["duration"], target["ended"] - target["began"], delta=1.1)
-
-    def test_status_and_log_work_without_a_daemon(self):
+    def test_log_works_without_a_daemon(self):
         daemon = self.serve(hook("echo words that last"))
         daemon.push()
         daemon.settle()
         daemon.kill()
-        self.assertEqual(daemon.hookd("status").code, 0)
         for arguments in ((), ("1",), ("octo/site", "main")):
             with self.subTest(arguments):
                 self.assertIn("words that last", daemon.hookd("log", *arguments).out)
@@ -3368,13 +3169,15 @@ class CommandLine(Case):
             self.assertEqual(follower.stdout.readline(), b"the beginning\n")
             self.assertIsNone(follower.poll())
             daemon.open_gate()
-            self.assertEqual(follower.stdout.read(), b"the end\n")
+            self.assertRegex(follower.stdout.read(),
+                             rb"\Athe end\nocto/site main ok at .* run 1, \d+ s\n\Z")
         self.assertEqual(follower.returncode, 0)
 
     def test_secret_is_made_once_and_printed_again(self):
         daemon = self.prepare(hook(NOTE), secret=None)
+        daemon.state.mkdir(mode=0o700)
         told = daemon.hookd("secret")
-        self.assertEqual(told.code, 0)
+        self.assertEqual(told.code, 0, told)
         secret = told.out.strip()
         self.assertGreaterEqual(len(secret), 32)
         self.assertEqual(daemon.hookd("secret").out.strip(), secret)
@@ -3383,9 +3186,13 @@ class CommandLine(Case):
         self.assertNotIn(secret, daemon.log)
 
     def test_two_states_have_two_secrets(self):
-        secrets = [self.prepare(hook("true"), secret=None, state=self.home / name).hookd(
-            "secret").out for name in ("a", "b")]
-        self.assertNotEqual(*secrets)
+        secrets = set()
+        for name in ("a", "b"):
+            (self.home / name).mkdir(mode=0o700)
+            told = self.prepare(hook("true"), secret=None, state=self.home / name).hookd("secret")
+            self.assertEqual(told.code, 0, told)
+            secrets.add(told.out)
+        self.assertEqual(len(secrets), 2)
 
     def test_the_history_may_be_read_while_it_is_written(self):
         daemon = self.serve(hook("true", "*"))
@@ -3429,29 +3236,13 @@ class CommandLine(Case):
         daemon.settle()
         self.assertIn("octo/site", daemon.log)
 
-    def test_a_state_of_someone_else_is_told_with_sudo(self):
-        daemon = self.prepare(hook("true"))
-        daemon.state.mkdir()
-        daemon.state.chmod(0)
-        more = {}
-        if os.geteuid() == 0:
-            self.open_to_nobody()
-            more = {"user": NOBODY, "group": NOBODY}
-        for verb, mode in (("status", 0o644), ("log", 0o644), ("status", 0o600)):
-            with self.subTest(verb, ini=mode):
-                daemon.ini.chmod(mode if more or mode == 0o644 else 0)
-                told = daemon.hookd(verb, **more)
-                self.assertNotEqual(told.code, 0)
-                self.assertIn("sudo", told.err)
-                self.assertNotIn("Traceback", told.err)
-        daemon.state.chmod(0o700)
-
     @unittest.skipUnless(os.geteuid() == 0, "only root becomes another")
     def test_root_becomes_the_owner_of_the_state(self):
         daemon = self.prepare(hook(f'id -u >> "{self.home}/who"'))
         daemon.state.mkdir(mode=0o700)
         os.chown(daemon.state, NOBODY, NOBODY)
         self.home.chmod(0o777)
+        os.chown(daemon.ini, NOBODY, NOBODY)
         daemon.start()
         daemon.push()
         daemon.settle()
@@ -3493,34 +3284,34 @@ def with_line(line):
 
 
 LENGTHS = {
-    "signed": (b"+%d" % len(PUSH), 400), "negative": (b"-1", 400), "nothing": (b"", (400, 411)),
+    "signed": (b"+%d" % len(PUSH), 400), "negative": (b"-1", 400), "nothing": (b"", 400),
     "underscored": (b"1_0", 400), "hexadecimal": (b"0x10", 400), "a fraction": (b"5.0", 400),
     "an exponent": (b"1e3", 400), "a list": (b"5, 5", 400), "a word": (b"five", 400),
     "no-break space": (b"\xa05", 400), "Arabic digits": ("٥".encode(), 400),
     "superscript": (b"\xb2", 400), "two words": (b"5 5", 400),
-    "a huge number": (b"9" * 30, (400, 413)), "very many digits": (b"9" * 5000, (400, 413, 431)),
+    "a huge number": (b"9" * 30, 413), "very many digits": (b"9" * 5000, 413),
     "over the limit": (b"26214401", 413), "leading tab and NUL": (b"\t\0005", 400),
     "less than the body": (b"%d" % (len(PUSH) - 1), 403), "zero": (b"0", 403)}
 
 LINES = {
     "HTTP/0.9": (b"POST /", 400), "HTTP/0.9 in words": (b"POST / HTTP/0.9", 400),
-    "HTTP/2.0": (b"POST / HTTP/2.0", 400), "HTTP/1.2": (b"POST / HTTP/1.2", (400, 202)),
+    "HTTP/2.0": (b"POST / HTTP/2.0", 400), "HTTP/1.2": (b"POST / HTTP/1.2", 400),
     "HTTP/11": (b"POST / HTTP/11", 400), "HTTP/1.1.1": (b"POST / HTTP/1.1.1", 400),
     "http/1.1": (b"POST / http/1.1", 400), "ICY": (b"POST / ICY/1.1", 400),
     "no path": (b"POST HTTP/1.1", 400), "two spaces": (b"POST  / HTTP/1.1", 400),
     "a tab": (b"POST\t/\tHTTP/1.1", 400), "a space first": (b" POST / HTTP/1.1", 400),
     "a space last": (b"POST / HTTP/1.1 ", 400), "a space in the path": (b"POST /a b HTTP/1.1", 400),
-    "lower case": (b"post / HTTP/1.1", (400, 501)), "no name": (b" / HTTP/1.1", 400),
-    "a method of symbols": (b"P@ST / HTTP/1.1", (400, 501)),
-    "CONNECT": (b"CONNECT x:1 HTTP/1.1", (400, 404, 405)),
-    "an asterisk": (b"OPTIONS * HTTP/1.1", (400, 404, 405)),
-    "absolute form": (b"POST http://evil.test/x HTTP/1.1", (400, 404)),
+    "lower case": (b"post / HTTP/1.1", 501), "no name": (b" / HTTP/1.1", 400),
+    "a method of symbols": (b"P@ST / HTTP/1.1", 400),
+    "CONNECT": (b"CONNECT x:1 HTTP/1.1", 404),
+    "an asterisk": (b"OPTIONS * HTTP/1.1", 404),
+    "absolute form": (b"POST http://evil.test/x HTTP/1.1", 404),
     "two slashes": (b"POST // HTTP/1.1", 404), "dots": (b"POST /.. HTTP/1.1", 404),
     "dots in between": (b"POST /x/../ HTTP/1.1", 404), "encoded NUL": (b"POST /%00 HTTP/1.1", 404),
-    "encoded slash": (b"POST %2F HTTP/1.1", (400, 404)), "NUL": (b"POST /\0 HTTP/1.1", 400),
+    "encoded slash": (b"POST %2F HTTP/1.1", 404), "NUL": (b"POST /\0 HTTP/1.1", 400),
     "controls": (b"POST /\x01\x1b[2J HTTP/1.1", 400), "DEL": (b"POST /\x7f HTTP/1.1", 400),
-    "bare CR": (b"POST /\rX HTTP/1.1", 400), "not ASCII": (b"POST /\xff HTTP/1.1", (400, 404)),
-    "a fragment": (b"POST /#x HTTP/1.1", (400, 404)),
+    "bare CR": (b"POST /\rX HTTP/1.1", 400), "not ASCII": (b"POST /\xff HTTP/1.1", 400),
+    "a fragment": (b"POST /#x HTTP/1.1", 404),
     "64 KB": (b"POST /" + b"x" * 65536 + b" HTTP/1.1", 414)}
 
 FIELDS = {
@@ -3530,7 +3321,7 @@ FIELDS = {
     "NUL": (b"X-Y: a\0b", 400), "NUL in the name": (b"X\0Y: b", 400),
     "a control": (b"X-Y: \x1b[2J", 400), "a name in Latin-1": (b"X-\xe9: a", 400),
     "a name in brackets": (b"(X): a", 400),
-    "two signatures": (b"X-Hub-Signature-256: x", (400, 403)),
+    "two signatures": (b"X-Hub-Signature-256: x", 400),
     "two events": (b"X-GitHub-Event: ping", 400), "two lengths": (b"Content-Length: 5", 400),
     "one length twice": (b"Content-Length: %d" % len(PUSH), 400),
     "chunked beside a length": (b"Transfer-Encoding: chunked", 400),
@@ -3544,12 +3335,12 @@ FIELDS = {
 
 WHOLE = {
     "a TLS hello": (bytes.fromhex("16030100c8010000c40303") + bytes(190), 400),
-    "an HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), (400, 501)),
-    "binary": (bytes(range(256)) * 4, (0, 400)), "empty lines": (b"\r\n" * 50, (0, 400)),
-    "an SSH client": (b"SSH-2.0-OpenSSH_9.2\r\n", (0, 400)),
+    "an HTTP/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), 400),
+    "binary": (bytes(range(256)) * 4, 400), "empty lines": (b"\r\n" * 50, 400),
+    "an SSH client": (b"SSH-2.0-OpenSSH_9.2\r\n", 400),
     "a head of LF": (request(PUSH)[:CUT].replace(b"\r\n", b"\n") + PUSH, 400),
-    "a head of CR": (request(PUSH)[:CUT].replace(b"\r\n", b"\r") + PUSH, (0, 400)),
-    "half a head": (request(PUSH)[:80], (0, 400)), "half a body": (request(PUSH)[:-9], (0, 400)),
+    "a head of CR": (request(PUSH)[:CUT].replace(b"\r\n", b"\r") + PUSH, 400),
+    "half a head": (request(PUSH)[:80], 400), "half a body": (request(PUSH)[:-9], 400),
     "nothing": (b"", 0), "no type": (request(PUSH, Content_Type=None), 415),
     "an image": (request(PUSH, Content_Type="image/png"), 415),
     "several parts": (request(PUSH, Content_Type="multipart/form-data; boundary=x"), 415),
@@ -3558,8 +3349,8 @@ WHOLE = {
     "chunked": (request(b"5\r\nhello\r\n0\r\n\r\n", Content_Length=None,
                         Transfer_Encoding="chunked"), 411),
     "chunked and gzip": (request(PUSH, Content_Length=None,
-                                 Transfer_Encoding="gzip, chunked"), (411, 501)),
-    "a wish that nobody grants": (request(PUSH, Expect="a miracle"), (202, 400, 417)),
+                                 Transfer_Encoding="gzip, chunked"), 501),
+    "a wish that nobody grants": (request(PUSH, Expect="a miracle"), 202),
     "an upgrade": (request(PUSH, Connection="Upgrade", Upgrade="h2c"), 202)}
 
 FINE = {  # as unusual, and right
@@ -3651,12 +3442,11 @@ class Hostile(Case):
 
     def test_a_request_that_fills_the_room_by_its_end_is_answered_once(self):
         def refused(connection, refusal):
-            server.reply(connection, refusal.status, refusal.reason)
+            connection.answer(refusal.status, refusal.reason)
 
-        ear, waker = socket.socketpair()
         listener = hookd.open_socket("127.0.0.1:0")
-        server = hookd.Server(lambda *_: None, refused, ear)
-        with ear, waker, listener, closing(server.selector):
+        server = hookd.Server(lambda *_: None, refused)
+        with listener, closing(server.selector):
             server.listen([listener])
             server.room = 2000
             with socket.create_connection(listener.getsockname(), PATIENCE) as one:
@@ -3688,16 +3478,17 @@ class Hostile(Case):
         body = json.dumps(push_of("main", sha("last"))).encode()
         twice = body[:-1] + b', "ref": "refs/heads/dev"}'
         answer = daemon.post(twice)
-        self.assert_answer(answer, (200, 400))
+        self.assert_answer(answer, 200, "ignored: no hook for octo/site dev")
         self.assertEqual(daemon.targets(), {})
 
     def test_numbers_that_are_none_are_refused_or_kept_out(self):
         daemon = self.serve(hook(NOTE))
-        for number in (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"-0", b"1" * 400):
+        for number, status in ((b"NaN", 400), (b"Infinity", 400), (b"-Infinity", 400),
+                               (b"1" * 400, 400), (b"1e999", 202), (b"-0", 202)):
             with self.subTest(number[:9]):
                 body = json.dumps(push_of()).encode()
                 body = re.sub(rb'"pushed_at": \d+', b'"pushed_at": ' + number, body)
-                self.assert_answer(daemon.post(body), (202, 400, 200))
+                self.assert_answer(daemon.post(body), status)
         self.assert_answer(daemon.push(), 202)
 
 
@@ -3742,13 +3533,12 @@ class Promises(Case):
             runs = [pool.submit(daemon.hookd, "run", "octo/site", "main") for _ in range(3)]
             for number in range(6):
                 daemon.push(commit=sha(number))
+            daemon.wait(lambda: len(daemon.states()) == 9, "each run to be in the queue")
             daemon.kill()
             daemon.start()
-            for run in runs:
-                self.assertEqual(run.result().code, 0)
+            self.assertEqual([run.result().code for run in runs], [0, 0, 0])
         daemon.settle()
         self.assert_never_overlapped(daemon)
-        self.assertEqual(daemon.seen().count(""), 0)
         self.assertIn(sha(5), daemon.seen())
 
     def test_a_late_repeated_or_replayed_delivery_never_brings_old_code_back(self):
@@ -3762,10 +3552,10 @@ class Promises(Case):
         new = origin.commit(page="new")
         self.assert_answer(daemon.push(commit=new), 202)
         daemon.settle()
-        self.assert_answer(daemon.exchange(replay), (200, 202))
+        self.assert_answer(daemon.exchange(replay), 202)
         daemon.settle()
         self.assertEqual(daemon.read("live/page"), "new")
-        self.assertNotIn(old, daemon.seen()[1:])
+        self.assertEqual(daemon.seen(), [old, new, new])
 
     def test_a_run_ends_with_its_whole_process_group(self):
         command = 'for number in 1 2 3; do (sleep 300; true) & done\n'
