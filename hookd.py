@@ -3153,7 +3153,7 @@ def target_html(now: float, target: Facts) -> str:
     notes = [f"run {running} is running"] if running else []
     notes += [f"{len(waiting)} waiting"] if waiting else []
     notes += [f"paused: <bdi>{mark_up(paused)}</bdi>"] if paused is not None else []
-    newest = max(target["run"] or 0, running or 0, *waiting, 0)
+    newest = max(target["run"] or 0, running or 0, *waiting)
     state = target["state"] or ("running" if running else "queued")
     return (f'<li>{state_html(state)}<div><a href="#run-{newest}">{place_html(target)}</a>'
             f"{commit_html(target)}<p class=soft>{' · '.join(notes)}</p></div>"
