@@ -1886,6 +1886,9 @@ def point(link: str, name: str) -> None:
 
 def remove_tree(path: str) -> None:
     import shutil
+    with contextlib.suppress(OSError):
+        for folder, _, _ in os.walk(path):
+            os.chmod(folder, 0o700)  # a build leaves some read-only, as Go's cache of modules
     shutil.rmtree(path, ignore_errors=True)
 
 
