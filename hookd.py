@@ -5038,6 +5038,7 @@ def ago(at: Optional[float]) -> str:
 
 
 def status_row(store: Store, facts: Mapping[str, Any]) -> list[str]:
+    """Return a target's row of the table that `status` prints."""
     took = "" if facts["duration"] is None else f"{facts['duration']:.1f}s"
     now = []
     if facts["running"]:
