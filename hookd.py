@@ -91,7 +91,7 @@ VARIABLE_MAX = 64 * 1024
 QUOTED_LINES = 10  # of a failed run's output, in the log
 
 Body = Union[bytes, bytearray, memoryview]
-DAEMON_LOCK = "hookd.lock"
+DAEMON_LOCK = "hookd-697c2ba9-697c2ba9cac2592c.lock"  # so that version 1.0 is seen, too
 log = logging.getLogger("hookd")
 
 
