@@ -4554,7 +4554,7 @@ def serve(setup: Setup, options: "argparse.Namespace") -> int:
         holder = daemon_pid(config.state)
         raise SystemExit(f"hookd: {config.state} is held by hookd {holder}; stop that one "
                          "first") from None
-    os.ftruncate(lock, os.pwrite(lock, f"hookd {os.getpid()} {config.log}\n".encode(), 0))
+    os.ftruncate(lock, os.pwrite(lock, f"hookd {os.getpid()} log={config.log}\n".encode(), 0))
     open_log(config.log)
     with contextlib.suppress(OSError, AttributeError):  # another libc than glibc
         libc = ctypes.CDLL(None)
@@ -4638,7 +4638,8 @@ def examine(setup: Setup, options: "argparse.Namespace") -> Iterator[tuple[str, 
     root = f"/proc/{pid}/root" if pid and os.access(f"/proc/{pid}/root/", os.X_OK) else ""
     keyring = read_keyring(config, make=False) if has_secret(config) else None
     with contextlib.suppress(OSError), open(os.path.join(setup.state, "locks", DAEMON_LOCK)) as file:
-        if pid and file.read().split()[2:] not in ([config.log], []):
+        told = re.search(r" log=(\w+)$", file.read())
+        if pid and told and told[1] != config.log:
             yield "hookd", "log", "differs from the running hookd's; systemctl restart hookd"
     moved = os.environ.get("MAINPID", "").isdigit() and int(os.environ["MAINPID"]) != pid
     if moved:
