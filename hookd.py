@@ -4735,17 +4735,20 @@ def check(setup: Setup, options: "argparse.Namespace") -> int:
 # ---- verbs that change something
 
 
-def full_commit(store: Store, hook: Hook, target: Target, text: str) -> str:
-    """Return the whole id of a commit: from the history, the clone, or as it is typed."""
+def full_commit(store: Store, hook: Hook, push: Push, text: str) -> str:
+    """Return the whole id of a commit: from the history, the clone, or as it is typed.
+
+    Not within a transaction: a clone on a dead file system would keep the daemon from writing.
+    """
     text = text.lower()
     if COMMIT.fullmatch(text):
         return text
     if re.fullmatch("[0-9a-f]{4,63}", text):
-        sql = "SELECT DISTINCT commit_id FROM runs WHERE target = ? AND substr(commit_id, 1, ?) = ?"
-        known = store.execute(sql, target.id, len(text), text).fetchall()
+        sql = "SELECT DISTINCT commit_id FROM runs WHERE repo = ? AND substr(commit_id, 1, ?) = ?"
+        known = store.execute(sql, push.repo, len(text), text).fetchall()
         if len(known) == 1:
             return str(known[0][0])
-        clone = os.path.join(target.directory, "repo") if hook.releases else target.directory
+        clone = fill(hook.directory, push.repo, push.ref) + ("/repo" if hook.releases else "")
         if hook.git and os.path.isdir(clone):
             code, commit, _ = ask_git(["-C", clone, "rev-parse", "--verify", "-q",
                                        f"{text}^{{commit}}"], base_environment(hook))
@@ -4810,10 +4813,10 @@ def run(setup: Setup, options: "argparse.Namespace") -> int:
         with contextlib.suppress(OSError):  # the run will say what is wrong
             if push.ref not in remote_refs(hook, push.repo, setup.state, "--heads", "--tags"):
                 raise SystemExit(f"hookd: the remote has no {short_name(push.ref)}; nothing is queued")
+    push = push._replace(repo=store.spelling(push.repo))
+    goal = full_commit(store, hook, push, options.commit) if options.commit else ""
     with store.transaction():
-        push = push._replace(repo=store.spelling(push.repo))
         target = store.target(hook, push.repo, push.ref)
-        goal = full_commit(store, hook, target, options.commit) if options.commit else ""
         seen = store.seen(target, push.ref)
         push = push._replace(commit=goal or ("" if hook.git else seen), before=seen)
         entry = Entry(target, push, "run", "", hook, push_json(push), goal if hook.git else "")
@@ -4858,21 +4861,20 @@ def way_back(store: Store, target: Target, named: str) -> tuple[str, str, int]:
 def rollback(setup: Setup, options: "argparse.Namespace") -> int:
     """go back to what worked, or to COMMIT or RUN; pauses the branch"""
     (hook, push), store = needed_hook(setup, options), setup.store
+    repo, named = store.spelling(push.repo), options.goal or ""
+    if named and not (named.isdigit() and len(named) < 10 and store.value(
+            "SELECT 1 FROM runs WHERE id = ? AND repo = ?", int(named), repo)):
+        if named.isdigit() and len(named) < 7:
+            raise SystemExit(f"hookd: run {named} is not in the history of {push.place}")
+        named = full_commit(store, hook, push._replace(repo=repo), named)
     with store.transaction():
         target = store.target(hook, push.repo, push.ref)
         busy = store.value("""SELECT id FROM runs INDEXED BY runs_open WHERE target = ?
             AND state IN ('queued', 'running') AND cause = 'rollback'""", target.id)
         if busy:
             raise SystemExit(f"hookd: rollback run {busy} is not over yet; hookd.py log -f {busy}")
-        named = options.goal or ""
-        if named and not (named.isdigit() and len(named) < 10 and store.value(
-                "SELECT 1 FROM runs WHERE id = ? AND target = ?", int(named), target.id)):
-            if named.isdigit() and len(named) < 7:
-                raise SystemExit(f"hookd: run {named} is not in the history of {push.place}")
-            named = full_commit(store, hook, target, named)
         commit, release, restores = way_back(store, target, named)
         stands = (store.good(target.id) or [(0, "", "", 0)])[0][1]
-        repo = store.spelling(push.repo)
         subject = store.value("SELECT subject FROM runs WHERE id = ?", restores) or ""
         push = push._replace(repo=repo, commit=commit, subject=subject, event=hook.event)
         number = store.add(Entry(target, push, "rollback", "", hook, push_json(push),
