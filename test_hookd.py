@@ -12,6 +12,7 @@ is waiting; HOOKD_TEST_JOBS=1 runs one after the other, HOOKD_TEST_KEEP=1 keeps 
 
 import ast
 import dataclasses
+import email.utils
 import hashlib
 import hmac
 import itertools
@@ -410,14 +411,14 @@ class Daemon:
         self.wait(lambda: self.states().get(number) == "running", f"run {number}")
 
     def settle(self):
-        """Wait until nothing runs or waits; return the targets."""
+        """Wait until nothing runs or waits."""
         self.wait(lambda: not {"queued", "running"} & set(self.states().values()),
                   "every run to end")
-        return self.targets()
 
     def settled(self, branch="main", repo="octo/site"):
         """Wait until nothing runs or waits; return the entry of one target."""
-        return self.settle()[repo, branch]
+        self.settle()
+        return self.targets()[repo, branch]
 
 
 PASS_SOCKETS = """
@@ -554,37 +555,74 @@ def without_none(keys):
 
 # ---------------------------------------------------------------- Configuration
 
-DAEMON_KEYS = ("listen", "path", "state", "jobs", "keep", "max_body", "log", "tls_cert",
-               "tls_key", "quiet", "allow_from")
-HOOK_KEYS = ("secret", "secret_file", "command", "directory", "git", "deploy_key",
-             "environment", "timeout", "queue", "event", "paths", "lock", "catch_up",
-             "on_success", "on_failure", "on_delete")
+# The tables of the contract: each key with the text that means its default.
+DAEMON_DEFAULTS = {
+    "listen": "127.0.0.1:9000", "path": "/", "state": "", "jobs": "2", "keep": "50",
+    "max_body": "25M", "log": "auto", "tls_cert": "", "tls_key": "", "quiet": "no", "page": "",
+    "page_output": "no", "allow_from": ""}
+HOOK_DEFAULTS = {
+    "secret": "", "secret_file": "", "command": "", "directory": "", "git": "", "deploy_key": "",
+    "environment": "", "environment_file": "", "timeout": "15m", "queue": "newest",
+    "event": "push", "workflows": "", "paths": "", "lock": "", "catch_up": "1h",
+    "releases": "no", "shared": "", "activate": "", "healthcheck": "",
+    "healthcheck_timeout": "30s", "skip": "[skip deploy]", "on_success": "", "on_failure": "",
+    "on_delete": "", "report_token": "", "report_token_file": "",
+    "report_api": "https://api.github.com", "report_url": ""}
+
+
+def complaint(section, key):
+    """Return the pattern of a complaint: file, section, key, fault."""
+    return rf"(?m)^(?:warning: )?hookd\.ini: \[{re.escape(section)}\] {key}: (.+)$"
 
 
 class Configuration(Case):
     """The ini: its grammar, its lookup, and how its faults are told."""
 
-    FAULTS = (  # section, key, value, and what the complaint must hold beside them
-        ("hookd", "job", "2", "jobs"),
-        ("hookd", "listen", "nowhere", "127.0.0.1:9000"),
-        ("hookd", "path", "hook", "/"),
-        ("hookd", "keep", "many", "'many'"),
-        ("hookd", "jobs", "0", "'0'"),
-        ("hookd", "max_body", "25X", "25M"),
-        ("hookd", "quiet", "maybe", "yes no"),
-        ("hookd", "log", "file", "syslog stderr"),
-        ("hookd", "allow_from", "10.0.0.0/40", "10.0.0.0/40"),
-        ("hookd", "tls_cert", "/nowhere/cert.pem", "tls_key"),
-        ("octo/site", "comand", "true", "command"),
-        ("octo/site a", "timeout", "soon", "15m"),
-        ("octo/site b", "queue", "latest", "newest every replace"),
-        ("octo/site c", "event", "pull", "push workflow_run release"),
-        ("octo/site d", "environment", "A=1\nNOVALUE\n1A=b", "line 2, line 3 NAME=value"),
-        ("octo/site d", "que", "every", "queue"),
-        ("octo/site e", "catch_up", "sometimes", "no 15m"),
-        ("octo/site f", "directory", "/srv/{banana}", "{banana} {slug}"),
-        ("octo/site g", "listen", "127.0.0.1:9001", "[hookd]"),
-        ("octo/site h", "deploy_key", "/nowhere/key", "git"),
+    GIT = {"git": "https://git.example.com/{repo}.git"}
+    RELEASES = {**GIT, "releases": "5"}
+
+    FAULTS = (  # section, its other settings, key, value, words of the complaint
+        ("hookd", {}, "job", "2", "jobs"),
+        ("hookd", {}, "listen", "nowhere", "127.0.0.1:9000"),
+        ("hookd", {}, "path", "hook", "/"),
+        ("hookd", {}, "keep", "many", "'many'"),
+        ("hookd", {}, "jobs", "0", "'0'"),
+        ("hookd", {}, "max_body", "25X", "25M"),
+        ("hookd", {}, "quiet", "maybe", "yes no"),
+        ("hookd", {}, "log", "file", "syslog stderr"),
+        ("hookd", {}, "allow_from", "10.0.0.0/40", "10.0.0.0/40"),
+        ("hookd", {}, "tls_cert", "/nowhere/cert.pem", "tls_key"),
+        ("octo/site", {}, "comand", "true", "command"),
+        ("octo/site a", {}, "timeout", "soon", "15m"),
+        ("octo/site b", {}, "queue", "latest", "newest every replace"),
+        ("octo/site c", {}, "event", "pull", "push workflow_run release"),
+        ("octo/site d", {}, "environment", "A=1\nNOVALUE\n1A=b", "line 2, line 3 NAME=value"),
+        ("octo/site d", {}, "que", "every", "queue"),
+        ("octo/site e", {}, "catch_up", "sometimes", "no 15m"),
+        ("octo/site f", {}, "directory", "/srv/{banana}", "{banana} {slug}"),
+        ("octo/site g", {}, "listen", "127.0.0.1:9001", "[hookd]"),
+        ("octo/site h", {}, "deploy_key", "/nowhere/key", "git"),
+        ("hookd", {}, "page_output", "maybe", "yes"),
+        ("hookd", {}, "page", "~/public", "~"),
+        ("octo/shop a", GIT, "releases", "1", "2"),
+        ("octo/shop b", GIT, "releases", "many", "'many'"),
+        ("octo/shop c", {}, "releases", "5", "git"),
+        ("octo/shop d", RELEASES, "shared", "/etc/passwd", "/etc/passwd"),
+        ("octo/shop e", RELEASES, "shared", "uploads/\na/../../b", "a/../../b"),
+        ("octo/shop f", {}, "shared", "uploads/", "releases"),
+        ("octo/shop g", {}, "healthcheck", "ftp://127.0.0.1/", "http"),
+        ("octo/shop h", {}, "healthcheck", "127.0.0.1:8000", "http"),
+        ("octo/shop i", {}, "healthcheck_timeout", "soon", "'soon' 15m"),
+        ("octo/shop j", {}, "report_url", "https://ci.test/{banana}", "{banana} {run}"),
+        ("octo/shop k", {}, "report_api", "api.github.com", "https://"),
+        ("octo/shop l", {}, "relases", "5", "releases"),
+        ("octo/shop m", {}, "health_check", "http://127.0.0.1/", "healthcheck"),
+        ("octo/shop n", {}, "enviroment_file", "site.env", "environment_file"),
+        ("octo/shop o", {}, "workflow", "CI", "workflows"),
+        ("octo/shop p", {}, "report_tokn", "hunter2", "report_token"),
+        ("octo/shop q", {}, "activte", "true", "activate"),
+        ("octo/shop r", {}, "page", "/srv/page", "[hookd]"),
+        ("octo/shop s", {}, "page_output", "yes", "[hookd]"),
     )
 
     STRUCTURE = (  # an ini that configparser refuses, or that is not hookd's
@@ -598,8 +636,27 @@ class Configuration(Case):
         ("a hook of three words", "[o/r main dev]\ncommand = a\n", "[o/r main dev]"),
         ("a hook that does nothing", "[o/r main]\ntimeout = 5m\n", "[o/r main] command"),
         ("a section that no hook uses", "[o/r]\ncommand = a\n", "[o/r]"),
+        ("a section without its ]", "[hookd]\njobs = 2\n[o/r main\ncommand = true\n",
+         "line 3 has no ]"),
         ("a repository twice", "[o/r]\n[O/R]\n[o/r main]\ncommand = a\n", "[O/R]: duplicate"),
     )
+
+    SILENT = {  # looks a little like one of the mistakes below, and is none
+        "a # inside a word": {"directory": "/srv/a#b", "command": "true # done"},
+        "a fragment": {"report_url": "https://ci.test/#run-{run}"},
+        "assignments": {"command": "timeout=5\nevent=push\nexport lock=a"},
+        "commands of that name": {"command": "timeout 5 true\nlock() { true; }"},
+        "a comment in a script": {"command": "# timeout = 5m\ntrue"},
+        "a value with a =": {"environment": "OPTIONS=a = b"},
+        "a shebang": {"command": "#!/bin/sh\ntrue"}}
+
+    WARNINGS = {  # mistakes that hookd can live with: settings, key, words of the warning
+        "a comment behind a directory": ({"directory": "/srv/site # live"}, "directory", "#"),
+        "a comment behind a URL": ({"git": "https://git.test/x.git ; mine"}, "git", ";"),
+        "a comment behind a variable": ({"environment": "A=1\nB=2 # two"}, "environment", "#"),
+        "a setting inside a script": ({"command": "true\ntimeout = 5m"}, "command", "timeout"),
+        "a setting inside another": ({"on_failure": "true\nqueue = every"}, "on_failure", "queue"),
+        "any workflow counts": ({"event": "workflow_run"}, "workflows", "workflow")}
 
     def complaints(self, text):
         """Return what `check` says of an ini, and insist on its exit status."""
@@ -617,17 +674,18 @@ class Configuration(Case):
 
     def test_all_faults_are_told_at_once_each_with_its_place_and_remedy(self):
         sections = {}
-        for name, key, value, _ in self.FAULTS:
-            keys = {} if name == "hookd" else {"command": "true"}
-            sections.setdefault(name, keys)[key] = value
+        for name, keys, key, value, _ in self.FAULTS:
+            more = {} if name == "hookd" else {"command": "true", **keys}
+            sections.setdefault(name, more)[key] = value
         told = self.complaints("\n".join(section(*one) for one in sections.items()))
-        for name, key, _, remedy in self.FAULTS:
+        for name, _, key, _, words in self.FAULTS:
             with self.subTest(section=name, key=key):
-                place = [line for line in told.splitlines()
-                         if f"hookd.ini: [{name}] {key}:" in line]
-                self.assertTrue(place, told)
-                for word in remedy.split():
-                    self.assertIn(word, place[0].partition(key)[2])
+                found = re.findall(complaint(name, key), told)
+                self.assertEqual(len(found), 1, told)
+                self.assertIn("; ", found[0], "a fault without its remedy")
+                for word in words.split():
+                    self.assertIn(word, found[0])
+        self.assertNotIn("hunter2", told)
 
     def test_a_fault_is_told_once_whoever_uses_it(self):
         shared = section("octo/site", queue="latest")
@@ -791,10 +849,268 @@ class Configuration(Case):
                 self.assert_answer(daemon.post(push_of(), secret=secret), status)
 
     def test_a_key_of_the_daemon_alone_is_refused_in_a_hook(self):
-        told = self.complaints("[o/r main]\n" + "".join(f"{key} = 1\n" for key in DAEMON_KEYS))
-        for key in DAEMON_KEYS:
+        told = self.complaints("[o/r main]\n" + "".join(f"{key} = 1\n" for key in DAEMON_DEFAULTS))
+        for key in DAEMON_DEFAULTS:
             with self.subTest(key):
                 self.assertRegex(told, rf"\[o/r main\] {key}: .*\[hookd\]")
+
+    def numbered(self, rows):
+        """Return a section for each row of settings; directories are in the test's own."""
+        for number, keys in enumerate(rows):
+            keys = {"command": "true", **keys}
+            if "directory" in keys:
+                keys["directory"] = f"{self.home}{keys['directory']}"
+            yield section(f"octo/site {number}", keys)
+
+    def test_each_mistake_that_hookd_can_live_with_is_a_warning(self):
+        (self.home / "srv").mkdir()
+        told = self.prepare(*self.numbered(keys for keys, _, _ in self.WARNINGS.values())).hookd(
+            "check")
+        self.assertEqual(told.code, 0, told)
+        for number, (name, (_, key, word)) in enumerate(self.WARNINGS.items()):
+            with self.subTest(name):
+                found = re.findall(complaint(f"octo/site {number}", key), told.err)
+                self.assertEqual(len(found), 1, told)
+                self.assertIn(word, found[0])
+
+    def test_a_good_ini_is_not_warned_of(self):
+        (self.home / "srv").mkdir()
+        told = self.prepare(*self.numbered(self.SILENT.values())).hookd("check")
+        self.assertEqual((told.code, told.err), (0, ""))
+
+    def test_a_script_that_sh_cannot_read_is_an_error(self):
+        keys = ("command", "activate", "on_success", "on_failure", "on_delete")
+        told = self.complaints("\n".join(
+            section(f"octo/site {key}", {"command": "true", key: "if true; then\n  echo"})
+            for key in keys))
+        for key in keys:
+            with self.subTest(key):
+                self.assertRegex(told, complaint(f"octo/site {key}", key))
+
+    def test_a_secret_that_everyone_can_read_is_a_warning_because_a_start_takes_it(self):
+        self.home.chmod(0o755)
+        secret = self.home / "secret"
+        secret.write_text("hunter2\n")
+        secret.chmod(0o644)
+        daemon = self.prepare(hook("true"), secret=None, secret_file=secret)
+        told = daemon.hookd("check")
+        self.assertEqual(told.code, 0, told)
+        self.assertRegex(told.err, complaint("hookd", "secret_file"))
+        self.assertNotIn("hunter2", told.out + told.err)
+        daemon.start()
+        daemon.tell(signal.SIGHUP)
+        daemon.wait_for_log("reloaded")
+
+    def test_a_token_file_that_cannot_be_read_is_an_error(self):
+        daemon = self.prepare(hook("true", report_token_file="/nowhere/token"))
+        for verb in ("check", "serve"):
+            told = daemon.hookd(verb)
+            self.assertEqual(told.code, 78, told)
+            self.assertRegex(told.err, complaint("octo/site main", "report_token_file"))
+
+    def test_no_word_of_an_ini_that_cannot_be_read_is_repeated(self):
+        for name, text in (("a lone word", "[hookd]\nsecret\nhunter2\n"),
+                           ("outside", "hunter2 = 1\n[hookd]\n"),
+                           ("a password", "[o/r main]\ncommand = a\n"
+                                          "git = https://me:hunter2@git.test/{banana}\n"),
+                           ("a token", "[o/r main]\ncommand = a\nreport_token = hunter2\nx = 1\n"),
+                           ("a twin", "[hookd]\nreport_token = hunter2\nreport_token = hunter2\n"),
+                           ("a variable", "[o/r main]\ncommand = a\nenvironment = A hunter2\n")):
+            with self.subTest(name):
+                daemon = self.prepare()
+                daemon.ini.write_text(text)
+                told = daemon.hookd("check")
+                self.assertEqual(told.code, 78, told)
+                self.assertNotIn("hunter2", told.out + told.err)
+
+    def test_an_ini_may_have_a_mark_at_its_begin_and_any_line_ends(self):
+        daemon = self.prepare(hook("one=1\necho $one > \"$HOME/said\""))
+        text = daemon.ini.read_text()
+        daemon.ini.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+        daemon.start()
+        self.assert_answer(daemon.push(), 202)
+        self.assertEqual(daemon.wait_for("said"), "1\n")
+
+
+class Levels(Case):
+    """`check REPO BRANCH`: each setting as it is for a branch, and the section that it is from."""
+
+    VALUES = {  # of each setting: in the hook, in [owner/repo], in [hookd]
+        "command": ("echo 1", "echo 2", "echo 3"), "directory": ("/srv/1", "/srv/2", "/srv/3"),
+        "git": ("https://git.test/1", "https://git.test/2", "https://git.test/3"),
+        "deploy_key": ("/k/1", "/k/2", "/k/3"), "timeout": ("1m", "2m", "3m"),
+        "environment_file": ("/e/1", "/e/2", "/e/3"), "queue": ("replace", "every", "newest"),
+        "event": ("push", "workflow_run", "push"), "paths": ("1/*", "2/*", "3/*"),
+        "lock": ("one", "two", "three"), "catch_up": ("1d", "2d", "no"),
+        "releases": ("2", "3", "4"), "shared": ("one/", "two/", "three/"),
+        "activate": ("true 1", "true 2", "true 3"), "skip": ("[one]", "[two]", "[three]"),
+        "healthcheck": ("http://a/1", "http://a/2", "http://a/3"),
+        "healthcheck_timeout": ("1s", "2s", "3s"), "on_success": ("true 1", "true 2", "true 3"),
+        "on_failure": ("true 4", "true 5", "true 6"), "on_delete": ("true 7", "true 8", "true 9"),
+        "report_token_file": ("/t/1", "/t/2", "/t/3"),
+        "report_api": ("https://a.test/1", "https://a.test/2", "https://a.test/3"),
+        "report_url": ("https://u.test/1", "https://u.test/2", "https://u.test/3")}
+
+    def settings(self, daemon, repo, branch):
+        """Return what `check REPO BRANCH` says of each setting: its value and its level."""
+        told = daemon.hookd("check", repo, branch)
+        self.assertEqual(told.code, 0, told)
+        self.assertNotIn("hunter2", told.out + told.err)
+        rows = (re.split("  +", line) for line in told.out.partition("SETTING")[2].splitlines()[1:])
+        return {row[0]: (" ".join(row[1:-1]), row[-1]) for row in rows}
+
+    def test_each_setting_is_the_nearest_levels(self):
+        first, second, third = ({key: values[level] for key, values in self.VALUES.items()}
+                                for level in range(3))
+        second["workflows"] = "CI"
+        daemon = self.prepare(section("octo/site main", first), section("OCTO/Site", second),
+                              section("octo/site dev", command="true"),
+                              section("octo/shop main", event="push"), **third)
+        wanted = (("octo/site", "main", 0, "[octo/site main]"),
+                  ("octo/site", "dev", 1, "[OCTO/Site]"),
+                  ("octo/shop", "main", 2, "[hookd]"))
+        for repo, branch, level, place in wanted:
+            found = self.settings(daemon, repo, branch)
+            for key in set(self.VALUES) - {"command", "event"}:
+                with self.subTest(key, level=place):
+                    self.assertEqual(found[key], (self.VALUES[key][level], place))
+
+    def test_what_is_not_set_has_the_default_of_the_contract(self):
+        daemon = self.prepare(hook("true"), secret=None)
+        daemon.start()
+        found = self.settings(daemon, "octo/site", "main")
+        self.assertEqual(set(found), set(HOOK_DEFAULTS))
+        for key, default in HOOK_DEFAULTS.items():
+            with self.subTest(key):
+                wanted = {"command": ("true", "[octo/site main]"),
+                          "directory": (f"{daemon.state}/work/octo/site/main", "default"),
+                          "secret_file": (f"{daemon.state}/secret", "default")}
+                self.assertEqual(found[key], wanted.get(key, (default, "default")))
+
+    def test_no_secret_is_shown_and_only_the_one_that_counts(self):
+        (self.home / "other").write_text("hunter2\n")
+        (self.home / "other").chmod(0o600)
+        daemon = self.prepare(
+            hook("true", environment="TOKEN=hunter2", report_token="hunter2"),
+            hook("true", "dev", secret_file=self.home / "other"), secret="hunter2")
+        found = self.settings(daemon, "octo/site", "main")
+        self.assertEqual(found["secret"], ("***", "[hookd]"))
+        self.assertEqual(found["report_token"], ("***", "[octo/site main]"))
+        self.assertIn("TOKEN", found["environment"][0])
+        found = self.settings(daemon, "octo/site", "dev")
+        self.assertEqual(found["secret"][0], "")
+        self.assertEqual(found["secret_file"], (str(self.home / "other"), "[octo/site dev]"))
+
+    def test_the_page_has_every_key_of_the_contract_with_its_default(self):
+        found = re.findall(r"(?m)^#(\w+) =(.*)$", (HERE / "hookd.ini").read_text())
+        places = {"state": "/var/lib/hookd", "secret_file": "/var/lib/hookd/secret",
+                  "directory": "/var/lib/hookd/work/{repo}/{slug}"}
+        wanted = {**DAEMON_DEFAULTS, **HOOK_DEFAULTS, **places}
+        self.assertEqual(sorted(key for key, _ in found), sorted(wanted))
+        self.assertEqual({key: text.strip() for key, text in found}, wanted)
+
+    def test_a_default_of_the_daemon_need_not_concern_every_hook(self):
+        daemon = self.prepare(section("octo/site", workflows="CI", shared="uploads/"),
+                              hook("true"), hook("true", "dev", event="workflow_run"),
+                              deploy_key=self.home / "key")
+        (self.home / "key").touch(0o600)
+        told = daemon.hookd("check")
+        self.assertEqual((told.code, told.err), (0, ""))
+
+    def test_only_hooks_that_fill_a_directory_alike_share_it(self):
+        git = {"git": "https://git.test/{repo}", "command": "true"}
+        rows = (  # two hooks, with what is said of the second
+            (("octo/site main", {}), ("octo/site dev", {}), ""),
+            (("octo/site main", {}), ("octo/shop main", {}), ""),
+            (("octo/site main", {}), ("octo/site *", {}), ""),
+            (("octo/site main", {}), ("octo/site refs/tags/main", {}), ""),
+            (("octo/site main", {}), ("octo/site refs/heads/mai?", {}), ""),
+            (("octo/site main", {}),
+             ("octo/site main", {"event": "workflow_run", "workflows": "CI"}),
+             "set directory"),
+            (("octo/site main", {"directory": "a"}), ("octo/shop dev", {"directory": "a"}), ""),
+            (("octo/site main", {"directory": "a", "releases": 3}),
+             ("octo/shop dev", {"directory": "a", "releases": 3}), "releases need one each"),
+            (("octo/site main", {"directory": "{name}", "releases": 3}),
+             ("octo/site dev", {"directory": "{name}", "releases": 3}), "releases need one each"),
+            (("octo/site main", {"directory": "{slug}", "releases": 3}),
+             ("octo/shop dev", {"directory": "{slug}", "releases": 3}), ""))
+        for (first, keys), (second, more), words in rows:
+            with self.subTest(first, second=second, **more):
+                second += " " * (first == second)  # another section of the same meaning
+                daemon = self.prepare(section(first, {**git, **keys}),
+                                      section(second, {**git, **more}))
+                told = daemon.hookd("check")
+                self.assertEqual(told.code, 78 if words else 0, told)
+                self.assertIn(words, told.err)
+
+
+class EnvironmentFile(Case):
+    """`environment_file`: what systemd's EnvironmentFile= means by it, read at each run."""
+
+    LINES = (  # a line of the file, the value of A that the command finds (env-file.c of systemd)
+        ("A=plain", "plain"), ("A=", ""), ("A=two words", "two words"),
+        ("A=trailing   ", "trailing"), ("A=  leading", "leading"),
+        ("  A=indented", "indented"), ("A =spaced", "spaced"),
+        ("A='single'", "single"), ('A="double"', "double"), ('A="  kept  "', "  kept  "),
+        ("A='a \\\"b\\\" \\n'", 'a \\"b\\" \\n'),
+        ('A="a \\"b\\" \\\\ \\$c \\` \\n"', 'a "b" \\ $c ` \\n'),
+        ("A=a\\ b\\\\c\\\"", 'a b\\c"'), ("A=it\"s", 'it"s'), ("A='one' \"two\"", "onetwo"),
+        ("A='one'two", "onetwo"), ("A=first \\\nsecond", "first second"),
+        ("A='two\nlines'", "two\nlines"), ('A="cut \\\nhere"', "cut here"),
+        ("A=a # b", "a # b"), ("A=a;b", "a;b"), ("A=#b", "#b"), ("A=$HOME ${HOME} `id`", None),
+        ("A=a=b", "a=b"), ("A=über", "über"), ("A=1\nA=2", "2"), ("#A=1\n;A=2\n\nA=3", "3"),
+        ("A=%h", "%h"))
+
+    def said(self, daemon, number):
+        """Send a push and return what its command said, at run `number`."""
+        self.assert_answer(daemon.push(commit=sha(number)), 202)
+        daemon.settle()
+        return daemon.read(f"said.{number}")
+
+    def test_values_are_quoted_as_systemd_has_them(self):
+        variables = self.home / "site.env"
+        daemon = self.serve(hook('printf %s "$A" > "$HOME/said.$HOOKD_RUN"',
+                                 environment_file=variables, environment="A=ini\nHOME2=x"))
+        for number, (text, value) in enumerate(self.LINES, 1):
+            with self.subTest(text):
+                variables.write_text(text + "\n")
+                wanted = text.partition("=")[2] if value is None else value
+                self.assertEqual(self.said(daemon, number), wanted)
+
+    def test_it_never_sets_what_is_hookds(self):
+        variables = self.home / "site.env"
+        variables.write_text("HOOKD_REPO=evil\nHOOKD_EXTRA=evil\nB=1\n")
+        daemon = self.serve(hook('env > "$HOME/said"', environment_file=variables))
+        self.assert_answer(daemon.push(), 202)
+        daemon.settle()
+        self.assertNotIn("evil", daemon.read("said"))
+        told = daemon.hookd("check")
+        self.assertRegex(told.out + told.err, complaint("octo/site main", "environment_file"))
+        self.assertIn("HOOKD_REPO", told.out + told.err)
+
+    def test_one_that_cannot_be_read_fails_the_run_and_check_says_so_before(self):
+        variables = self.home / "site.env"
+        daemon = self.serve(hook(NOTE, environment_file=variables))
+        told = daemon.hookd("check")
+        self.assertEqual(told.code, 78, told)
+        self.assertRegex(told.err, complaint("octo/site main", "environment_file"))
+        self.assert_answer(daemon.push(commit=sha(1)), 202)
+        self.assertEqual(daemon.settled()["state"], "failed")
+        self.assertIn("site.env", daemon.log)
+        variables.write_text("A=1\n")
+        self.assert_answer(daemon.push(commit=sha(2)), 202)
+        self.assertEqual(daemon.settled()["state"], "ok")
+        self.assertEqual(daemon.seen(), [sha(2)])
+        self.assertEqual(daemon.hookd("check").code, 0)
+
+    def test_its_values_are_shown_nowhere(self):
+        variables = self.home / "site.env"
+        variables.write_text("TOKEN=hunter2-hunter2\nHOOKD_X=hunter2-hunter2\nno variable\n")
+        daemon = self.prepare(hook("true", environment_file=variables))
+        for arguments in (("check",), ("check", "octo/site", "main")):
+            told = daemon.hookd(*arguments)
+            self.assertNotIn("hunter2", told.out + told.err)
 
 
 # ---------------------------------------------------------------- Judgement
@@ -894,23 +1210,27 @@ class PureConfiguration(unittest.TestCase):
     NO_NUMBERS = ("x", "-1", "+5", "1_0", "٣", "1e3", "9" * 40)
     VALUES = (  # key, the texts that it takes with what they mean, the texts that it refuses
         ("timeout", {"90s": 90, "15m": 900, "2h": 7200, "1d": 86400},
-         ("0s", "no", "-1s", "٣s", *NO_NUMBERS)),
-        ("catch_up", {"no": 0, "1h": 3600}, ("maybe", "-1h", "1 h", "1hh")),
+         ("0s", "no", "90", "1.5h", "15 m", "15M", "1h30m", "-1s", "٣s", "9" * 40 + "d",
+          *NO_NUMBERS)),
+        ("healthcheck_timeout", {"1s": 1, "5m": 300}, ("0s", "90", "1.5h", "no")),
+        ("catch_up", {"no": 0, "1h": 3600, "1d": 86400}, ("maybe", "-1h", "1 h", "1hh", "90")),
+        ("releases", {"no": 0, "2": 2, "50": 50}, ("0", "1", "5.0", "2 2", *NO_NUMBERS)),
         ("max_body", {"64K": 65536, "25M": 26214400, "900": 900}, ("0", "25m", "25MB", "1.5M")),
         ("jobs", {"1": 1, "12": 12}, ("0", "two", "1s", *NO_NUMBERS)),
         ("keep", {"50": 50}, ("0", "all")),
         ("quiet", {"yes": True, "on": True, "No": False, "0": False}, ("perhaps", "2")),
         ("path", {"/": "/", "/hook-1f2e": "/hook-1f2e"}, ("hook", "/a b", "/a?b", "/a#b", "/é")),
-        ("queue", {"newest": "newest", "every": "every", "replace": "replace"}, ("oldest",)),
-        ("event", {"push": "push", "release": "release"}, ("ping", "PUSH")),
+        ("queue", {"newest": "newest", "every": "every", "replace": "replace"},
+         ("oldest", "Newest", "every replace")),
+        ("event", {"push": "push", "release": "release"}, ("ping", "PUSH", "push release")),
     )
 
     def value(self, key, text):
         """Return what a key means, read from the section where it belongs."""
-        if key in DAEMON_KEYS:
+        if key in DAEMON_DEFAULTS:
             ini = f"[hookd]\n{key} = {text}\n[octo/site main]\ncommand = true\n"
             return getattr(read_ini(ini), key)
-        ini = f"[octo/site main]\ncommand = true\n{key} = {text}\n"
+        ini = f"[octo/site main]\ncommand = true\ngit = https://git.test/x\n{key} = {text}\n"
         return getattr(read_hook(ini), key)
 
     def test_a_value_has_one_form(self):
@@ -935,20 +1255,8 @@ class PureConfiguration(unittest.TestCase):
     def test_every_default_of_the_page_is_the_default_of_the_program(self):
         shipped = (HERE / "hookd.ini").read_text()
         every = re.sub(r"(?m)^#(\w+ =)", r"\1", shipped)
-        keys = re.findall(r"(?m)^#(\w+) =", shipped)
-        self.assertEqual(sorted(keys), sorted((*DAEMON_KEYS, *HOOK_KEYS)))
-        self.assertEqual(read_ini(shipped), read_ini(every))
-
-    def test_the_defaults_are_those_of_the_contract(self):
-        config = read_ini("[octo/site main]\ncommand = true\n")
-        (one,) = config.hooks_for("octo/site")
-        expected = {"path": "/", "jobs": 2, "keep": 50, "max_body": 25 * 1024**2, "log": "auto",
-                    "quiet": False, "allow_from": ()}
-        self.assertEqual({name: getattr(config, name) for name in expected}, expected)
-        self.assertEqual(str(config.listen), "127.0.0.1:9000")
-        expected = {"timeout": 900, "queue": "newest", "event": "push", "paths": (), "git": "",
-                    "catch_up": 3600, "on_success": "", "on_failure": "", "on_delete": ""}
-        self.assertEqual({name: getattr(one, name) for name in expected}, expected)
+        plain, full = (dataclasses.replace(read_ini(text), levels={}) for text in (shipped, every))
+        self.assertEqual(plain, full)
 
     def test_secrets_never_show_when_a_value_is_printed(self):
         ini = "[octo/site main]\ncommand = true\nsecret = hunter2\n"
@@ -1145,21 +1453,6 @@ class Judgement(Case):
                              X_GitHub_Event="ping")
         self.assert_answer(answer, 200, "octo/none")
 
-    def test_other_signed_events_are_ignored_whatever_they_hold(self):
-        daemon = self.serve(hook("true", "*"), hook("true", "refs/tags/*"))
-        for event in ("create", "delete", "issues", "check_run", "workflow_run", "release",
-                      "deployment", "installation", "no_such_event"):
-            for payload in (push_of(), {"ref": "main", "ref_type": "branch"}, {}):
-                with self.subTest(event=event, payload=sorted(payload)):
-                    answer = daemon.post(payload, X_GitHub_Event=event)
-                    self.assert_answer(answer, (200, 400))
-        self.assertEqual(daemon.targets(), {})
-
-    def test_a_deletion_is_ignored_where_nothing_is_said_of_it(self):
-        daemon = self.serve(hook("true", "*"))
-        self.assert_answer(daemon.post(deletion_of("main")), 200, "ignored")
-        self.assertEqual(daemon.seen(), [])
-
     def test_a_form_is_read_and_signed_as_it_was_sent(self):
         daemon = self.serve(hook(NOTE))
         payload = push_of(commit=sha("form"), note="a + b & c = ♥ %20")
@@ -1350,6 +1643,215 @@ class Judgement(Case):
         self.assertEqual(daemon.wait_for("said"), "refs/tags/v1.0 v1.0 release\n")
 
 
+LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+
+
+class Meaning(Case):
+    """What a signed delivery means, in what the contract adds to version 1.0."""
+
+    SLUG = 'printf "%s %s\\n" "$HOOKD_REF" "$HOOKD_SLUG" >> "$HOME/slugs"'
+
+    def slugs(self, daemon, refs):
+        """Push each ref; return the slugs that the commands found, by ref."""
+        for ref in refs:
+            self.assert_answer(daemon.push(ref=ref), 202)
+        daemon.settle()
+        return dict(line.split() for line in daemon.read("slugs").splitlines())
+
+    def test_nobody_can_make_two_branches_share_a_slug(self):
+        daemon = self.serve(hook(self.SLUG, "*"), hook(self.SLUG, "refs/tags/*"), jobs=8)
+        names = {"main", "fix-1", "release/1.0", "release_1_0$#%==_|%&!", "Main", "a/b", "a-b",
+                 "a--b", "-a", "a-", "_", "x" * 63, "x" * 64, "x" * 65, "x" * 200, "日本", "ß",
+                 "x" * 62 + "/y", "1/2"}
+        refs = {f"refs/heads/{name}" for name in names} | {
+            "refs/tags/main", "refs/tags/release/1.0", "refs/tags/" + "x" * 63}
+        found = self.slugs(daemon, refs)
+        again = self.slugs(daemon, {f"refs/heads/{one}" for one in found.values()})
+        self.assertEqual(len(again), len(set(again.values())), again)
+        for ref, slug in again.items():
+            with self.subTest(ref):
+                self.assertRegex(slug, rf"\A{LABEL}\Z")
+        for plain in ("main", "fix-1", "a-b", "x" * 63):
+            self.assertEqual(found[f"refs/heads/{plain}"], plain)
+        for ref in ("refs/heads/release/1.0", "refs/heads/" + "x" * 200, "refs/tags/main",
+                    "refs/tags/" + "x" * 63):
+            with self.subTest(ref):
+                self.assert_long_hash(found[ref])
+
+    def assert_long_hash(self, slug):
+        """Check that a slug ends in a hash whose collisions nobody can compute."""
+        tail = slug.rpartition("-")[2]
+        bits = len(tail) * (4 if re.fullmatch("[0-9a-f]*", tail) else 5)
+        self.assertGreaterEqual(bits, 120, f"{slug}: half of {bits} bits find two of a kind")
+
+    def test_a_tag_has_another_slug_than_a_branch_of_its_name(self):
+        daemon = self.serve(hook(self.SLUG, "*"), hook(self.SLUG, "refs/tags/*"))
+        found = self.slugs(daemon, ("refs/heads/v1", "refs/tags/v1", "refs/tags/v2"))
+        self.assertEqual(found["refs/heads/v1"], "v1")
+        self.assertTrue(found["refs/tags/v1"].startswith("v1-"))
+        tails = {found[ref].rpartition("-")[2] for ref in ("refs/tags/v1", "refs/tags/v2")}
+        self.assertEqual(len(tails), 2, "the hash is not of the whole ref")
+        places = {one["directory"] for one in daemon.targets().values()}
+        self.assertIn(str(daemon.state / "work/octo/site/v1"), places)
+
+    def test_a_repository_keeps_the_spelling_of_its_delivery_and_is_one_target(self):
+        say = 'printf "%s %s\\n" "$HOOKD_REPO" "$HOOKD_LAST_GOOD" >> "$HOME/said"'
+        daemon = self.serve(section("CODERTOCAT/Hello-World", environment="A=1"),
+                            hook(say, "main", "codertocat/hello-world"),
+                            hook(say, "*", "codertocat/*"),
+                            queue="every", jobs=1)
+        first, second = "Codertocat/Hello-World", "codertocat/HELLO-world"
+        for number, repo in enumerate((first, second)):
+            self.assert_answer(daemon.push(commit=sha(number), repo=repo), 202, f"{repo} main at ")
+        daemon.settle()
+        self.assertEqual(daemon.read("said").split(" "), [first, f"\n{second}", sha(0) + "\n"])
+        self.assertEqual(len(daemon.targets()), 1)
+        self.assertTrue((daemon.state / "work" / first / "main").is_dir())
+        self.assertRegex(daemon.log, rf"{first} main at {sha(0)[:7]}")
+
+    def test_workflows_are_named_by_name_or_by_file(self):
+        daemon = self.serve(hook(NOTE, event="workflow_run", workflows="Build and test\ndeploy.yml",
+                                 queue="every"))
+        folder = ".github/workflows/"
+        table = (("Build and test", folder + "ci.yml", 202), ("Lint", folder + "lint.yml", 200),
+                 ("Deploy", folder + "deploy.yml", 202),
+                 ("Deploy", folder + "deploy.yml@refs/heads/main", 202),
+                 ("Deploy", folder + "not-deploy.yml", 200), ("Build", folder + "ci.yml", 200),
+                 ("Deploy", folder + "deploy.yml.bak", 200), (None, None, 200),
+                 (["Build and test"], {"a": folder + "deploy.yml"}, 200))
+        taken = []
+        for name, path, status in table:
+            with self.subTest(name, path=path):
+                commit = sha((str(name), str(path)))
+                answer = daemon.post(workflow_run_of(commit, run={"name": name, "path": path}),
+                                     X_GitHub_Event="workflow_run")
+                self.assert_answer(answer, status, "" if status == 202 else "ignored: ")
+                taken += [commit] if status == 202 else []
+        daemon.settle()
+        self.assertEqual(daemon.seen(), taken)
+
+    def test_without_workflows_any_counts(self):
+        daemon = self.serve(hook(NOTE, event="workflow_run"))
+        for name in ("CI", "Lint"):
+            answer = daemon.post(workflow_run_of(sha(name), run={"name": name}),
+                                 X_GitHub_Event="workflow_run")
+            self.assert_answer(answer, 202, f"at {sha(name)[:7]}")
+
+    def test_a_workflow_run_of_a_tag_never_deploys_what_the_branch_does_not_have(self):
+        origin = self.repository()
+        good = origin.commit(index="good")
+        evil = origin.commit("elsewhere", index="evil")
+        origin.git("tag", "main", evil)
+        daemon = self.serve(hook('git rev-parse HEAD >> "$HOME/seen"', event="workflow_run",
+                                 git=origin.path, directory=self.home / "site"))
+        for commit in (evil, good):
+            answer = daemon.post(workflow_run_of(commit), X_GitHub_Event="workflow_run")
+            self.assert_answer(answer, 202)
+            daemon.settle()
+        self.assertEqual(daemon.seen(), [good])
+        self.assertEqual((self.home / "site/index").read_text(), "good")
+        self.assertNotIn("ok: octo/site main at " + evil[:7], daemon.log)
+
+    def test_a_push_whose_newest_message_says_so_is_passed_over(self):
+        daemon = self.serve(hook(NOTE, queue="every"),
+                            hook(NOTE, "dev", queue="every", skip="[no deploy]\nwip:"),
+                            hook(NOTE, "all", queue="every", skip=""))
+        older = [{"id": sha(0), "message": "old [skip deploy]", "modified": ["a"]},
+                 {"id": sha(1), "message": "new", "modified": ["a"]}]
+        table = (("main", "Fix [skip deploy]", {}, 200),
+                 ("main", "Fix\n\n[skip deploy]\n", {}, 200),
+                 ("main", "Fix", {"commits": older}, 202), ("main", "skip deploy", {}, 202),
+                 ("main", None, {}, 202), ("main", ["[skip deploy]"], {}, 202),
+                 ("dev", "Fix [skip deploy]", {}, 202), ("dev", "Fix [no deploy]", {}, 200),
+                 ("dev", "wip: more", {}, 200), ("all", "Fix [skip deploy]", {}, 202))
+        taken = []
+        for number, (branch, message, fields, status) in enumerate(table):
+            with self.subTest(branch, message=message):
+                commit = sha(("skip", number))
+                payload = push_of(branch, commit, head_commit={"id": commit, "message": message},
+                                  **fields)
+                self.assert_answer(daemon.post(payload), status,
+                                   "queued run " if status == 202 else "ignored: ")
+                taken += [commit] if status == 202 else []
+        daemon.settle()
+        self.assertEqual(sorted(daemon.seen()), sorted(taken))
+
+    def test_a_workflow_of_such_a_push_is_passed_over_too(self):
+        daemon = self.serve(hook(NOTE, event="workflow_run"))
+        for message, status in (("Fix [skip deploy]", 200), ("Fix", 202)):
+            run = {"head_commit": {"id": sha("commit"), "message": message}}
+            answer = daemon.post(workflow_run_of(run=run), X_GitHub_Event="workflow_run")
+            self.assert_answer(answer, status)
+
+    def test_a_push_that_is_skipped_makes_no_other_late(self):
+        daemon = self.serve(hook(NOTE))
+        for when, message, status in ((20, "[skip deploy]", 200), (10, "Fix", 202)):
+            payload = push_of(commit=sha(when), repository=repository_of(pushed_at=when),
+                              head_commit={"id": sha(when), "message": message})
+            self.assert_answer(daemon.post(payload), status)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(10)])
+
+    def test_a_deletion_cancels_what_waits_and_lifts_the_pauses_of_its_branch(self):
+        for keys, answered in (({}, 200), ({"on_delete": 'echo gone >> "$HOME/gone"'}, 202)):
+            with self.subTest(**keys):
+                state = self.home / f"state-{answered}"
+                daemon = self.serve(hook(NOTE, "*", **keys), state=state)
+                for branch in ("dev", "other"):
+                    told = daemon.hookd("pause", "octo/site", branch, "-m", "moving")
+                    self.assertEqual(told.code, 0, told)
+                    answer = daemon.push(branch, sha((branch, answered)))
+                    self.assert_answer(answer, 202, "; paused: moving")
+                self.assert_answer(daemon.post(deletion_of("dev")), answered)
+                daemon.wait(lambda: daemon.states()[1] == "cancelled", "run 1 to be cancelled")
+                again = sha(("again", answered))
+                self.assertNotIn("paused", daemon.push("dev", again).text)
+                daemon.wait(lambda: again in daemon.seen(), "the branch made anew")
+                self.assertEqual(daemon.states()[2], "queued")
+                self.assertNotIn(sha(("dev", answered)), daemon.seen())
+                daemon.stop()
+        self.assertEqual(daemon.read("gone"), "gone\n")
+
+    def test_the_answers_are_the_words_of_the_contract(self):
+        daemon = self.serve(hook(GATE), hook("true", "staging"), hook("true", "paused"),
+                            section("octo/shop main", command="true", secret="of the shop"))
+        self.assertEqual(daemon.hookd("pause", "octo/site", "paused", "-m", "moving house").code, 0)
+        ping = {"zen": "Design for failure.", "hook_id": 1}
+        one, two, three = (sha(number) for number in range(3))
+        table = (
+            (request(push_of(commit=one)), 202, f"queued run 1: octo/site main at {one[:7]}"),
+            (request(push_of(commit=two)), 202, f"queued run 2: octo/site main at {two[:7]}"),
+            (request(push_of(commit=three)), 202,
+             f"queued run 3: octo/site main at {three[:7]}, in place of run 2"),
+            (request(push_of("paused", one)), 202,
+             f"queued run 4: octo/site paused at {one[:7]}; paused: moving house"),
+            (request({**ping, "repository": repository_of()}, X_GitHub_Event="ping"), 200,
+             "pong: octo/site has hooks for main, staging, paused"),
+            (request(push_of("dev")), 200, "ignored: no hook for octo/site dev"),
+            (request({}, X_Hub_Signature_256=None), 403, "signature missing"),
+            (request({}, "wrong"), 403, "signature does not match"),
+            (request(push_of(), "of the shop"), 403, "the secret is another repository's"))
+        for number, (raw, status, words) in enumerate(table):
+            with self.subTest(words):
+                answer = daemon.exchange(raw)
+                self.assertEqual((answer.status, answer.text), (status, words + "\n"))
+                if number == 0:
+                    daemon.wait_for_run(1)
+
+    def test_every_other_signed_event_is_ignored(self):
+        daemon = self.serve(hook(NOTE, "*"), hook(NOTE, "v*", event="release"))
+        for event, payload in (("issues", {"action": "opened", "repository": repository_of()}),
+                               ("create", {"ref": "main", "repository": repository_of()}),
+                               ("workflow_run", workflow_run_of()),
+                               ("release", release_of(action="edited")),
+                               ("no_such", push_of())):
+            with self.subTest(event):
+                answer = daemon.post(payload, X_GitHub_Event=event)
+                self.assert_answer(answer, 200)
+                self.assertRegex(answer.text, r"\Aignored: [^\n]+\n\Z")
+        self.assertEqual(daemon.targets(), {})
+
+
 # ---------------------------------------------------------------- Delivery
 
 
@@ -1389,20 +1891,12 @@ class Delivery(Case):
                 self.assert_answer(answer, status)
                 self.assertRegex(answer.text, r"\A[^\n]+\n\Z")
                 self.assertTrue(answer.headers["content-type"].startswith("text/plain"))
+                self.assertRegex(answer.headers["date"],
+                                 r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT$")
+                date = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+                self.assertLess(abs(time.time() - date), PATIENCE)
                 if status == 405:
                     self.assertEqual(answer.headers["allow"], "POST")
-
-    def test_the_answer_to_a_push_says_what_was_queued(self):
-        daemon = self.serve(hook(GATE))
-        commits = [sha(number) for number in range(3)]
-        words = ["queued run 1: octo/site main at " + commits[0][:7],
-                 "queued run 2: octo/site main at " + commits[1][:7],
-                 f"queued run 3: octo/site main at {commits[2][:7]}, in place of run 2"]
-        for number, (commit, text) in enumerate(zip(commits, words)):
-            self.assertEqual(daemon.push(commit=commit).text.strip(), text)
-            if number == 0:
-                daemon.wait_for_run(1)
-        self.assert_answer(daemon.push("dev"), 200, "ignored: no hook for octo/site dev")
 
     def test_a_connection_may_be_used_again(self):
         daemon = self.serve(hook("true"))
@@ -1427,7 +1921,8 @@ class Delivery(Case):
             answers = [read_answer(stream) for _ in range(2)]
         self.assertEqual([answer.status for answer in answers], [202, 0])
         self.assertEqual(answers[0].headers["connection"], "close")
-        self.assertEqual(len(daemon.settle()), 1)
+        daemon.settle()
+        self.assertEqual(len(daemon.states()), 1)
 
     def test_a_body_that_is_refused_is_never_the_next_request(self):
         daemon = self.serve(hook(NOTE), path="/hook")
@@ -1461,16 +1956,6 @@ class Delivery(Case):
                 one.sendall(raw)
                 first = one.recv(65536).partition(b"\r\n\r\n")
                 self.assertTrue(first[2].endswith(b"\n"), first)
-
-    def test_a_client_may_wait_for_100_continue(self):
-        daemon = self.serve(hook("true"))
-        body = json.dumps(push_of()).encode()
-        head = request(body, Expect="100-continue")[:-len(body)]
-        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
-            one.sendall(head)
-            self.assertEqual(read_answer(stream).status, 100)
-            one.sendall(body)
-            self.assert_answer(read_answer(stream), 202)
 
     def test_a_request_that_takes_over_ten_seconds_is_given_up(self):
         daemon = self.serve(hook(NOTE))
@@ -1537,31 +2022,6 @@ class Delivery(Case):
         daemon.settle()
         self.assertEqual(daemon.seen(), [sha(3)])
 
-    def test_quiet_answers_ok_to_everyone_and_the_log_has_the_truth(self):
-        daemon = self.serve(hook(NOTE), quiet="yes", path="/hook")
-        requests = (request(push_of(), path="/hook"), request(b"{}", "wrong", path="/hook"),
-                    request(push_of("dev"), path="/hook"),
-                    request(b"{}", path="/hook", X_Hub_Signature_256=None),
-                    request(b"{}", path="/hook", X_GitHub_Event="ping"))
-        for raw in requests:
-            answer = daemon.exchange(raw)
-            self.assertEqual((answer.status, answer.text), (200, "ok\n"))
-        daemon.settle()
-        self.assertEqual(daemon.seen(), [sha("commit")])
-        daemon.wait_for_log("signature does not match")
-
-    def test_only_the_networks_that_are_allowed_may_connect(self):
-        daemon = self.serve(hook("true"), allow_from="192.0.2.0/24 2001:db8::/32")
-        for address, status in ((None, 403), ("192.0.2.7", 202), ("2001:db8::7", 202),
-                                ("198.51.100.9", 403), ("192.0.2.7, 198.51.100.9", 403),
-                                ("198.51.100.9, 192.0.2.7", 202), ("nonsense", 403)):
-            with self.subTest(address):
-                answer = daemon.post(push_of(), X_Forwarded_For=address)
-                self.assert_answer(answer, status)
-        daemon.kill()
-        daemon = self.serve(hook("true"), allow_from="127.0.0.0/8")
-        self.assert_answer(daemon.push(), 202)
-
     def test_the_log_names_the_delivery_and_the_real_sender(self):
         daemon = self.serve(hook("true"))
         delivery = str(uuid.uuid4())
@@ -1615,6 +2075,423 @@ class Delivery(Case):
         daemon.settle()
         self.assertNotRegex(daemon.log, "[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]")
         self.assertNotRegex(daemon.log, r"(?m)^all is well")
+
+
+def talk(daemon, raw, half_close=False):
+    """Send bytes on a connection of their own; return all that comes until it is closed."""
+    with closing(daemon.connect()) as one:
+        with suppress(ConnectionError):
+            one.sendall(raw)
+            if half_close:
+                one.shutdown(socket.SHUT_WR)
+        parts = []
+        with suppress(ConnectionError):
+            for part in iter(lambda: one.recv(65536), b""):
+                parts.append(part)
+        return b"".join(parts)
+
+
+def with_fields(*lines, body=None):
+    """Return a signed push with these raw lines before its other header fields."""
+    raw = request(push_of() if body is None else body)
+    return raw.replace(b"\r\nHost:", b"\r\n" + b"\r\n".join(lines) + b"\r\nHost:", 1)
+
+
+class Wire(Case):
+    """HTTP/1.1 as the contract has it, byte for byte."""
+
+    def test_what_is_no_http_1_is_refused_at_once_with_a_whole_answer(self):
+        daemon = self.serve(hook(NOTE))
+        hello = bytes.fromhex("16030100c8010000c40303") + bytes(190)
+        table = {"HTTP/0.9": b"GET /\r\n", "HTTP/0.9 with a body": b"POST /\r\n\r\n",
+                 "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), "TLS": hello,
+                 "HTTP/2.0": request(push_of(), version="HTTP/2.0"),
+                 "HTTP/3": request(push_of(), version="HTTP/3"), "SSH": b"SSH-2.0-x\r\n"}
+        for name, raw in table.items():
+            with self.subTest(name):
+                began = time.monotonic()
+                head, _, text = talk(daemon, raw).partition(b"\r\n\r\n")
+                self.assertLess(time.monotonic() - began, 9)
+                self.assertTrue(head.startswith(b"HTTP/1.1 400 "), head)
+                self.assertIn(b"\r\nContent-Length: %d" % len(text), head)
+        self.assertEqual(daemon.targets(), {})
+
+    def test_a_head_request_is_answered_without_a_body(self):
+        daemon = self.serve(hook(NOTE))
+        for path, status in (("/", b"405"), ("/x", b"404")):
+            with self.subTest(path):
+                raw = request(method="HEAD", path=path, Content_Length=None, Connection="close")
+                head, end, rest = talk(daemon, raw).partition(b"\r\n\r\n")
+                self.assertTrue(head.startswith(b"HTTP/1.1 " + status), head)
+                self.assertEqual((end, rest), (b"\r\n\r\n", b""))
+
+    def test_http_1_0_closes_unless_it_asks_to_be_kept(self):
+        daemon = self.serve(hook("true"))
+        ping = {"version": "HTTP/1.0", "X_GitHub_Event": "ping"}
+        for name, more, answers in (("plain", {}, 1), ("close", {"Connection": "close"}, 1),
+                                    ("no Host", {"Host": None}, 1),
+                                    ("kept", {"Connection": "Keep-Alive"}, 2)):
+            with self.subTest(name), closing(daemon.connect()) as one:
+                with one.makefile("rb") as stream:
+                    raw = request(b"{}", **ping, **more)
+                    found = []
+                    with suppress(ConnectionError):
+                        for _ in range(2):
+                            one.sendall(raw)
+                            found.append(read_answer(stream).status)
+                    self.assertEqual([status for status in found if status], [200] * answers)
+
+    def test_100_continue_is_said_only_to_whom_it_helps(self):
+        daemon = self.serve(hook("true"))
+        body = json.dumps(push_of()).encode()
+        table = (  # head, the first answer, whether the body is awaited
+            ("a push", {}, b"100"), ("in capitals", {"Expect": "100-Continue"}, b"100"),
+            ("unsigned", {"X_Hub_Signature_256": None}, b"403"),
+            ("another path", {"path": "/x"}, b"404"), ("a type", {"Content_Type": "a/b"}, b"415"),
+            ("too large", {"Content_Length": 10**9}, b"413"))
+        for name, more, status in table:
+            with self.subTest(name), closing(daemon.connect()) as one:
+                head = request(body, **{"Expect": "100-continue", **more})[:-len(body)]
+                one.sendall(head)
+                with one.makefile("rb") as stream:
+                    self.assertEqual(stream.readline().split()[1], status)
+                    if status == b"100":
+                        self.assertEqual(stream.readline(), b"\r\n")
+                        one.sendall(body)
+                        self.assertEqual(read_answer(stream).status, 202)
+        raw = request(body, version="HTTP/1.0", Expect="100-continue")
+        self.assertTrue(talk(daemon, raw).startswith(b"HTTP/1.1 202 "), "100 to an older HTTP")
+
+    def test_what_counts_once_may_not_come_twice(self):
+        daemon = self.serve(hook(NOTE))
+        for line in (b"X-GitHub-Delivery: 1", b"Content-Encoding: identity\r\nContent-Encoding: a",
+                     b"X-Hub-Signature-256: " + sign(b"x").encode(), b"X-GitHub-Event: push",
+                     b"Content-Type: application/json", b"Host: other", b"Content-Length: 0",
+                     b"content-LENGTH: 0", b"Transfer-Encoding: chunked"):
+            with self.subTest(line):
+                self.assert_answer(daemon.exchange(with_fields(line)), 400)
+        self.assertEqual(daemon.targets(), {})
+        raw = with_fields(b"Accept: a", b"Accept: b", b"Via: c", b"Via: c")
+        self.assert_answer(daemon.exchange(raw), 202)
+
+    def test_a_bare_cr_or_lf_or_nul_ends_no_line(self):
+        daemon = self.serve(hook(NOTE))
+        good = b"X-Hub-Signature-256: " + sign(json.dumps(push_of()).encode()).encode()
+        for mark in (b"\r", b"\n", b"\0", b"\x0b", b"\x85\r", b"\r \r"):
+            for name in (b"X-Y: ", b"User-Agent: ", b""):
+                with self.subTest(name, mark=mark):
+                    raw = request(push_of(), "wrong").replace(
+                        b"\r\n\r\n", b"\r\n" + name + b"a" + mark + good + b"\r\n\r\n", 1)
+                    self.assert_answer(daemon.exchange(raw), 400)
+        raw = request(push_of()).replace(b"POST / ", b"POST /\r ", 1)
+        self.assert_answer(daemon.exchange(raw), 400)
+        self.assertEqual(daemon.targets(), {})
+
+    FORWARDED = (  # values of X-Forwarded-For, one for each field of that name, and who may enter
+        (("192.0.2.7",), 202), (("198.51.100.9",), 403), (("198.51.100.9, 192.0.2.7",), 202),
+        (("192.0.2.7, 198.51.100.9",), 403), (("198.51.100.9", "192.0.2.7"), 202),
+        (("192.0.2.7", "198.51.100.9"), 403), (("2001:db8::7",), 202), (("2001:db9::7",), 403),
+        (("::ffff:192.0.2.7",), 202), (("192.0.2.7,",), 403), (("",), 403), ((",",), 403),
+        (("unknown",), 403), (("192.0.2.7 ",), 202), (("192.0.2.256",), 403), (("192.0.2",), 403),
+        (("0xC0000207",), 403), (("192.0.2.07",), 403), (("192.0.2.7/24",), 403),
+        (("2001:db8::ffff:7",), 202))
+
+    def check_forwarded(self, daemon):
+        for values, status in self.FORWARDED:
+            with self.subTest(values):
+                lines = [b"X-Forwarded-For: " + value.encode() for value in values]
+                self.assert_answer(daemon.exchange(with_fields(*lines)), status)
+
+    def test_behind_a_proxy_the_last_forwarded_address_decides(self):
+        daemon = self.serve(hook("true"), allow_from="192.0.2.0/24 2001:db8::/32")
+        self.check_forwarded(daemon)
+        self.assert_answer(daemon.push(), 403, "address")
+
+    def test_over_a_unix_socket_nobody_enters_without_a_name(self):
+        daemon = self.serve(hook("true"), allow_from="192.0.2.0/24 2001:db8::/32",
+                            listen=f"unix:{self.home}/hookd.sock")
+        self.assert_answer(daemon.push(), 403, "address")
+        self.check_forwarded(daemon)
+
+    def test_a_peer_elsewhere_is_not_believed_about_its_address(self):
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))  # sends nothing: asks the kernel for our address
+            except OSError:
+                self.skipTest("this machine has no address but loopback")
+            address = probe.getsockname()[0]
+        daemon = self.serve(hook("true"), listen=f"{address}:0", allow_from="203.0.113.0/24")
+        self.assert_answer(daemon.post(push_of(), X_Forwarded_For="203.0.113.7"), 403, "address")
+        daemon.stop()
+        daemon.configure(self.ini(hook("true"), listen=f"{address}:0", allow_from=address))
+        daemon.start()
+        self.assert_answer(daemon.post(push_of(), X_Forwarded_For="203.0.113.7"), 202)
+
+    def test_quiet_gives_nothing_away(self):
+        daemon = self.serve(hook(NOTE), quiet="yes", path="/hook", max_body="64K")
+        body = json.dumps(push_of()).encode()
+        rows = {"a push": request(body, path="/hook"), "a path": request(body),
+                "a method": request(method="GET", path="/hook"),
+                "no JSON": request(b"{", path="/hook"),
+                "a secret": request(body, "wrong", path="/hook"),
+                "a type": request(body, path="/hook", Content_Type="text/plain"),
+                "a size": request(b"x" * 65537, path="/hook"),
+                "unsigned": request(body, path="/hook", X_Hub_Signature_256=None)}
+        for name, raw in rows.items():
+            with self.subTest(name):
+                answer = daemon.exchange(raw)
+                self.assertEqual((answer.status, answer.text), (200, "ok\n"))
+                self.assertNotIn("allow", answer.headers)
+        self.assert_answer(daemon.exchange(b"nonsense\r\n\r\n"), 400)
+        daemon.wait_for_log("signature does not match")
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("commit")])
+
+
+# ---------------------------------------------------------------- What strangers cost
+
+
+def processor(daemon):
+    """Return the processor time that a daemon has used, in seconds (clock_getcpuclockid(3))."""
+    return time.clock_gettime((~daemon.process.pid << 3) | 2)
+
+
+def memory(daemon, name="VmHWM"):
+    """Return a figure of /proc/PID/status in bytes."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024
+
+
+def cost(daemon, raw, times=8, rounds=3):
+    """Return the processor time that one request costs, the best of a few rounds."""
+    best = []
+    for _ in range(rounds):
+        began = processor(daemon)
+        for _ in range(times):
+            daemon.exchange(raw)
+        best.append((processor(daemon) - began) / times)
+    return min(best)
+
+
+N = 15_000
+
+
+def unsigned(*lines, path=b"/", method=b"POST"):
+    """Return a head without a signature."""
+    return b"\r\n".join([method + b" " + path + b" HTTP/1.1", b"Host: a", *lines, b"", b""])
+
+
+def filler(name):
+    """Return heads whose field `name` is full of what a pattern might look at twice."""
+    parts = (b" ", b"\t", b" \t", b"a ", b",", b", ", b";", b" ;", b"/", b"0", b"9", b".", b":",
+             b"1.", b"=", b"%", b"\xff", b'"', b"\\", b"(", b"-", b"a:")
+    for part in parts:
+        for end in (b"", b"\x01", b"x"):
+            yield (part, end), unsigned(name + b":" + part * (N // len(part)) + end)
+
+
+def form_of(message):
+    """Return the body of a form delivery of a push with this message, in UTF-8."""
+    payload = push_of(head_commit={"id": sha("commit"), "message": message})
+    text = json.dumps(payload, ensure_ascii=False)
+    return urllib.parse.urlencode({"payload": text}).encode()
+
+
+class Cost(Case):
+    """What one stranger's byte costs: a ratio to the plain case, so that any machine can judge."""
+
+    def test_no_head_costs_more_processor_time_than_a_plain_one(self):
+        daemon = self.serve(hook("true"), allow_from="127.0.0.0/8", quiet="no")
+        plain = cost(daemon, unsigned(b"X-Y: " + b"a" * N), 20)
+        names = (b"a", b"X-Forwarded-For", b"Content-Type", b"Content-Length", b"Connection",
+                 b"X-Hub-Signature-256", b"Transfer-Encoding", b"Expect", b"X-GitHub-Delivery")
+        rows = {(name, *what): raw for name in names for what, raw in filler(name)}
+        half = N // 2
+        for part in (b"/", b"a", b"/.", b"%2f", b"?", b"?&", b"//@", b"#", b"*", b"\x01"):
+            rows["path", part] = unsigned(path=b"/" + part * (half // len(part)))
+            rows["URL", part] = unsigned(path=b"http://" + part * (half // len(part)))
+        for part in (b"A", b"!", b"a-", b"/", b"\t", b"\xff"):
+            rows["method", part] = unsigned(method=part * (half // len(part)))
+        rows["names"] = unsigned(*[b"a" * 150 + b":"] * 99)
+        rows["a name"] = unsigned(b"a" * N)
+        rows["a name and a space"] = unsigned(b"a" * N + b" :")
+        rows["colons"] = unsigned(b":" * N)
+        rows["returns"] = unsigned(b"X-Y: " + b"\r" * N)
+        rows["lines"] = unsigned(b"X-Y: " + b"\n" * N)
+        for name, raw in rows.items():
+            with self.subTest(name):
+                self.assertLess(cost(daemon, raw, 4, 1), 6 * plain + 0.0005)
+        self.assert_answer(daemon.push(), 202)
+
+    def test_no_field_of_a_signed_body_costs_more_than_a_plain_push(self):
+        daemon = self.serve(hook("true", "*", paths="docs/*/*.md\n*x*y*z"),
+                            variables={"PYTHONINTMAXSTRDIGITS": "0"})
+        size = 400_000
+        commits = [{"id": sha(number), "added": ["a/b"], "removed": [], "modified": ["c"],
+                    "message": "Say hello"} for number in range(size // 160)]
+        plain = cost(daemon, request(push_of(commits=commits[:2000])), 3)
+        rows = {}
+        for part in (" ", "a", "/", "a/", "0", "\x1b", "\n", "\r\n", "\ud800", "é", "x", ".", "{"):
+            text = part * (size // len(json.dumps(part)))
+            rows["ref", part] = push_of(ref="refs/heads/" + text)
+            rows["commit", part] = push_of(after=text)
+            rows["before", part] = push_of(before=text)
+            rows["repository", part] = push_of(repository={"full_name": "o/" + text})
+            rows["pusher", part] = push_of(pusher={"name": text})
+            rows["message", part] = push_of(head_commit={"id": sha(1), "message": text})
+            rows["file", part] = push_of(commits=[{"added": [text], "removed": [], "modified": []}])
+        raws = {name: request(json.dumps(payload).encode()) for name, payload in rows.items()}
+        for number in (b"9" * size, b"-" + b"9" * size, b"0." + b"9" * size, b"1e" + b"9" * size):
+            body = json.dumps(push_of()).encode()
+            body = re.sub(rb'"pushed_at": \d+', b'"pushed_at": ' + number, body)
+            raws["number", number[:3]] = request(body)
+        for name, raw in raws.items():
+            with self.subTest(name):
+                self.assertLess(cost(daemon, raw, 1, 1), 10 * plain + 0.05)
+        self.assert_answer(daemon.push(commits=[]), 202)
+
+    def test_bodies_in_flight_are_bounded_whoever_gives_way(self):
+        daemon = self.serve(hook("true", "*"))
+        self.assert_answer(daemon.push("before"), 202)
+        before = memory(daemon)
+        head = request(b"", "wrong", Content_Length=20_000_000)
+        with ExitStack() as stack:
+            for _ in range(800):  # the oldest, which give way first and free a byte each
+                stack.enter_context(closing(daemon.connect())).sendall(head + b"x")
+            for _ in range(10):
+                one = stack.enter_context(closing(daemon.connect()))
+                with suppress(ConnectionError):
+                    one.sendall(head + b"x" * 19_000_000)
+            self.assert_answer(daemon.push("after"), 202)
+        self.assertLess(memory(daemon) - before, 90_000_000)
+
+    def test_a_number_of_many_digits_is_refused_whatever_python_would_do(self):
+        daemon = self.serve(hook(NOTE), variables={"PYTHONINTMAXSTRDIGITS": "0"})
+        for digits, status in ((b"9" * 5000, 400), (b"9" * 2_000_000, 400), (b"1" * 18, 202)):
+            with self.subTest(len(digits)):
+                body = json.dumps(push_of(id=7)).encode().replace(b'"id": 7', b'"id": ' + digits)
+                self.assert_answer(daemon.post(body), status)
+                plain = cost(daemon, request(b" " * len(body)), 2)
+                self.assertLess(cost(daemon, request(body), 2, 1), 10 * plain + 0.05)
+
+    FORMS = {  # bodies of form deliveries, with what they are answered
+        "an honest one": (lambda size: form_of("中" * (size // 9)), 202),
+        "escapes": (lambda size: b"payload=" + b"%7B" * (size // 3), 400),
+        "plus signs": (lambda size: b"payload=" + b"+" * size, 400),
+        "other fields": (lambda size: b"a=1&" * (size // 4) + form_of("Hello"), 400),
+        "nothing": (lambda size: b"&" * size, 400),
+        "equals signs": (lambda size: b"=" * size, 400),
+        "broken escapes": (lambda size: b"payload=" + b"%" * size, 400),
+        "many payloads": (lambda size: b"payload=%7B%7D&" * (size // 15), 400)}
+
+    def test_a_form_costs_little_more_memory_and_time_than_its_bytes(self):
+        size = 8_000_000
+        daemon = self.prepare(hook("true"))
+        times = {}
+        for name, (make, status) in self.FORMS.items():
+            with self.subTest(name):
+                raw = request(make(size), Content_Type="application/x-www-form-urlencoded")
+                daemon.start()
+                self.assert_answer(daemon.push("none"), 200)
+                before, began = memory(daemon), processor(daemon)
+                answer = daemon.exchange(raw)
+                times[name], peak = processor(daemon) - began, memory(daemon) - before
+                daemon.kill()
+                self.assert_answer(answer, status)
+                self.assertLess(peak, 8 * len(raw))
+                self.assertLess(times[name], 8 * times["an honest one"] + 0.1)
+
+    def test_what_is_kept_of_a_push_is_bounded(self):
+        daemon = self.serve(hook('env > "$HOME/said"', "*"))
+        large = "x" * 6_000_000
+        self.assertEqual(daemon.hookd("pause", "octo/site", "large").code, 0)
+        light = cost(daemon, request(push_of("other")), 10)
+        for number in range(2):
+            payload = push_of("large", sha(number), before=large, pusher={"name": large},
+                              head_commit={"id": sha(number), "message": large})
+            self.assert_answer(daemon.post(payload), 202)
+        self.assertLess(cost(daemon, request(push_of("other")), 10), 3 * light + 0.002)
+        self.assertEqual(daemon.hookd("resume", "octo/site", "large").code, 0)
+        told = daemon.settled("large")
+        self.assertEqual(told["state"], "ok")
+        self.assertLess(len(json.dumps(told)), 100_000)
+        self.assertLess(len(daemon.log), 1_000_000)
+        self.assertLess(max(map(len, daemon.read("said").splitlines())), 70_000)
+        self.assertLess(self.largest_value(daemon), 100_000)
+
+    def largest_value(self, daemon):
+        """Return the size of the largest value in the database."""
+        with closing(sqlite3.connect(daemon.state / "hookd.db")) as store:
+            names = [name for (name,) in store.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table'")]
+            rows = itertools.chain.from_iterable(
+                store.execute(f'SELECT * FROM "{name}"') for name in names)
+            return max(len(value) if isinstance(value, (str, bytes)) else 8
+                       for row in rows for value in row)
+
+    def test_unfinished_heads_of_refused_addresses_push_nobody_out(self):
+        heads, soft, hard = 2200, *resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard < 2 * heads:
+            self.skipTest(f"a process may have only {hard} files open")
+        if soft < 2 * heads:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        daemon = self.serve(hook("true", "*"), allow_from="192.0.2.0/24")
+        part = b"POST / HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Y: " + b"z" * 16_000
+        with ExitStack() as stack:
+            def strangers(count):
+                for _ in range(count):
+                    stack.enter_context(closing(daemon.connect())).sendall(part)
+
+            strangers(heads)
+            for number in range(20):
+                strangers(3)  # where some had to go, others come
+                payload = push_of(f"b{number}", note="x" * 20_000)
+                answer = daemon.post(payload, X_Forwarded_For="192.0.2.7")
+                self.assert_answer(answer, 202)
+
+    def test_the_oldest_unfinished_body_gives_way_and_not_the_largest(self):
+        daemon = self.serve(hook("true", "*"))
+        part = request(b"", "wrong", Content_Length=2_000_000) + b"x" * 1_000_000
+        with ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(closing(daemon.connect())).sendall(part)
+            self.assert_answer(daemon.push("large", note="x" * 5_000_000), 202)
+            self.assert_answer(daemon.push("small"), 202)
+
+
+class Secrets(Case):
+    """However many secrets there are, nobody can make hookd compute for all of them at length."""
+
+    COUNT = 200
+
+    def sections(self):
+        return [section(f"octo/r{number} main", command="true", secret=f"secret {number}")
+                for number in range(self.COUNT)]
+
+    def test_each_of_many_secrets_is_accepted_for_its_own(self):
+        daemon = self.serve(*self.sections())
+        for number in (0, 99, self.COUNT - 1):
+            with self.subTest(number):
+                payload = push_of(repo=f"octo/r{number}", note="x" * 200_000)
+                self.assert_answer(daemon.post(payload, secret=f"secret {number}"), 202)
+                self.assert_answer(daemon.post(payload, secret=f"secret {number - 1}"), 403)
+
+    def test_a_large_push_is_taken_from_a_webhook_that_is_known(self):
+        daemon = self.serve(*self.sections())
+        last = f"octo/r{self.COUNT - 1}"
+        for size in (10, 5_000_000):
+            answer = daemon.post(push_of(repo=last, note="x" * size), X_GitHub_Hook_ID=7,
+                                 secret=f"secret {self.COUNT - 1}")
+            self.assert_answer(answer, 202, last)
+
+    def test_the_work_for_a_large_body_does_not_grow_with_the_secrets(self):
+        body = b"x" * 25_000_000
+        few = self.serve(*self.sections()[:4])
+        bound = cost(few, request(body, "wrong"), 1, 2)
+        few.kill()
+        many = self.prepare(*self.sections())
+        many.start()
+        self.assertLess(cost(many, request(body, "wrong"), 1, 2), 4 * bound)
 
 
 CERTIFICATES = (  # two self-signed ones with their keys, made for these tests alone
@@ -1857,14 +2734,6 @@ rm "$HOME/in.$HOOKD_BRANCH"
         self.assertEqual(daemon.hookd("log", "1").code, 0)
         self.assertNotEqual(daemon.hookd("log", "2").code, 0)
 
-    def test_a_branch_and_a_tag_of_one_name_are_two_targets(self):
-        daemon = self.serve(hook('echo "$HOOKD_REF" >> "$HOME/said"', "*"),
-                            hook('echo "$HOOKD_REF" >> "$HOME/said"', "refs/tags/*"))
-        daemon.push("v1")
-        daemon.push(ref="refs/tags/v1")
-        daemon.settle()
-        self.assertEqual(sorted(daemon.read("said").split()), ["refs/heads/v1", "refs/tags/v1"])
-
 
 # ---------------------------------------------------------------- Runs
 
@@ -1946,7 +2815,8 @@ class Runs(Case):
                               in enumerate(self.OUTCOMES)), jobs=4)
         for number in range(len(self.OUTCOMES)):
             daemon.push(f"b{number}")
-        targets = daemon.settle()
+        daemon.settle()
+        targets = daemon.targets()
         for number, (command, state, code) in enumerate(self.OUTCOMES):
             with self.subTest(command):
                 target = targets["octo/site", f"b{number}"]
@@ -2101,7 +2971,8 @@ class Runs(Case):
         branches = ("feature/x", "feature-x", "Feature-x", "feature_x", "x" * 70, "x" * 71)
         for branch in branches:
             daemon.push(branch)
-        targets = daemon.settle()
+        daemon.settle()
+        targets = daemon.targets()
         for branch in branches:
             who = Path(targets["octo/site", branch]["directory"], "who").read_text()
             self.assertEqual(who, branch + "\n")
@@ -2149,7 +3020,8 @@ class Git(Case):
                                            directory=self.home / "staging"), jobs=2)
         daemon.push("main", main)
         daemon.push("staging", staging)
-        targets = daemon.settle()
+        daemon.settle()
+        targets = daemon.targets()
         self.assertEqual({one["state"] for one in targets.values()}, {"ok"}, daemon.log)
         self.assertEqual(daemon.read("on-main") + daemon.read("on-staging"), "livenext")
         self.assertEqual(daemon.read("live/page") + daemon.read("staging/page"), "livenext")
@@ -2435,7 +3307,8 @@ class Git(Case):
                             self.deploying(f'touch "{other}"', "main", catch_up="1s").replace(
                                 "octo/site", "octo/other"))
         daemon.wait(other.exists, "the other hook to catch up")
-        self.assertEqual(daemon.settle().keys(), {("octo/other", "main")})
+        daemon.settle()
+        self.assertEqual(daemon.targets().keys(), {("octo/other", "main")})
 
     def counting_git(self):
         """Return an environment in which each call of git leaves a line in the file `calls`."""
@@ -2568,7 +3441,8 @@ class Crash(Case):
                 newest[branch] = commit
             daemon.kill()
             daemon.start()
-        targets = daemon.settle()
+        daemon.settle()
+        targets = daemon.targets()
         done = daemon.read("done").split()
         for branch, commit in newest.items():
             with self.subTest(branch):
@@ -3472,11 +4346,6 @@ PUSH = json.dumps(push_of("hostile")).encode()
 CUT = -len(PUSH)
 
 
-def with_field(line, body=PUSH):
-    """Return a signed push with one more line, of raw bytes, in its head."""
-    return request(body).replace(b"\r\nHost:", b"\r\n" + line + b"\r\nHost:", 1)
-
-
 def with_length(value):
     """Return a signed push whose Content-Length is the raw bytes `value`."""
     return request(PUSH).replace(b"Content-Length: %d" % len(PUSH), b"Content-Length: " + value)
@@ -3521,16 +4390,11 @@ LINES = {
 FIELDS = {
     "no colon": (b"Nonsense", 400), "space before the colon": (b"X-Y : z", 400),
     "no name": (b": x", 400), "folded": (b"X-Y: a\r\n b", 400), "folded first": (b" a: b", 400),
-    "bare CR": (b"X-Y: a\rX-Hub-Signature-256: b", 400), "bare LF": (b"X-Y: a\nX-Z: b", 400),
-    "NUL": (b"X-Y: a\0b", 400), "NUL in the name": (b"X\0Y: b", 400),
+    "NUL in the name": (b"X\0Y: b", 400),
     "a control": (b"X-Y: \x1b[2J", 400), "a name in Latin-1": (b"X-\xe9: a", 400),
     "a name in brackets": (b"(X): a", 400),
-    "two signatures": (b"X-Hub-Signature-256: x", 400),
-    "two events": (b"X-GitHub-Event: ping", 400), "two lengths": (b"Content-Length: 5", 400),
     "one length twice": (b"Content-Length: %d" % len(PUSH), 400),
-    "chunked beside a length": (b"Transfer-Encoding: chunked", 400),
     "odd chunked beside a length": (b"Transfer-Encoding: xchunked", 400),
-    "two types": (b"Content-Type: text/plain", 400), "two hosts": (b"Host: b", 400),
     "gzip": (b"Content-Encoding: gzip", 415),
     "101 fields": (b"\r\n".join(b"X-%d: y" % number for number in range(101)), 431),
     "one of 40 KB": (b"X-Y: " + b"z" * 40_000, 431),
@@ -3559,8 +4423,8 @@ WHOLE = {
 
 FINE = {  # as unusual, and right
     "a charset": request(PUSH, Content_Type="Application/JSON; charset=UTF-8"),
-    "space around a value": with_field(b"X-Y: \t a \t "),
-    "an empty value": with_field(b"X-Y:"),
+    "space around a value": with_fields(b"X-Y: \t a \t "),
+    "an empty value": with_fields(b"X-Y:"),
     "HTTP/1.0": with_line(b"POST / HTTP/1.0"),
     "names in lower case": request(PUSH).replace(b"X-Hub-Signature", b"x-hub-signature").replace(
         b"Content-Length", b"content-length")}
@@ -3575,7 +4439,7 @@ class Hostile(Case):
                 for name, (value, status) in LENGTHS.items()}
         rows.update(("line: " + name, (with_line(line), status))
                     for name, (line, status) in LINES.items())
-        rows.update(("field: " + name, (with_field(line), status))
+        rows.update(("field: " + name, (with_fields(line, body=PUSH), status))
                     for name, (line, status) in FIELDS.items())
         rows.update(WHOLE)
         for name, (raw, status) in rows.items():
@@ -3590,7 +4454,7 @@ class Hostile(Case):
 
     def test_what_is_refused_is_answered_without_waiting_for_more(self):
         daemon = self.serve(hook(NOTE, "*"))
-        for raw in (with_line(LINES["HTTP/2.0"][0]), with_field(FIELDS["no colon"][0]),
+        for raw in (with_line(LINES["HTTP/2.0"][0]), with_fields(FIELDS["no colon"][0]),
                     with_length(LENGTHS["negative"][0]), WHOLE["a TLS hello"][0]):
             with self.subTest(raw[:40]):
                 began = time.monotonic()
@@ -3767,7 +4631,8 @@ class Promises(Case):
                             hook(command + "exit 1", "c"), jobs=3)
         for branch in "abc":
             daemon.push(branch)
-        targets = daemon.settle()
+        daemon.settle()
+        targets = daemon.targets()
         states = [targets["octo/site", branch]["state"] for branch in "abc"]
         self.assertEqual(states, ["timeout", "ok", "failed"])
         daemon.wait(lambda: daemon.descendants() == [daemon.process.pid], "all of them to end")
