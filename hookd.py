@@ -1396,11 +1396,14 @@ class Store:
             if not self.holder(key):
                 self.execute(sql, key)
 
-    def next_run(self, rank: int) -> int:
-        """Return the run that begins next, of at most this rank; 0 where none can."""
+    def wake_timed(self) -> None:
+        """Let the runs begin that waited for a time that has come."""
         sql = """UPDATE runs SET waits = '' WHERE state = 'queued' AND waits = 'time'
             AND (not_before <= ? OR not_before > ?)"""  # a clock set back must hold nothing up
         self.execute(sql, time.time(), time.time() + RETRY_SECONDS[-1])
+
+    def next_run(self, rank: int) -> int:
+        """Return the run that begins next, of at most this rank; 0 where none can."""
         sql = """SELECT r.id, r.lock, t.directory FROM runs r INDEXED BY runs_ready
             JOIN targets t ON t.id = r.target
             WHERE r.state = 'queued' AND r.waits = '' AND r.rank <= ?
@@ -3557,11 +3560,15 @@ class Dispatcher:
         with self.store.transaction():
             for event in events:
                 effects += self.guarded(partial(self.apply, event), event)
-            effects += self.guarded(self.wishes)
-            if begins:
-                effects += self.guarded(self.begin_due)
-            effects += self.guarded(self.outbox)
+            effects += self.guarded(partial(self.follow, begins))
         return effects
+
+    def follow(self, begins: bool) -> Iterator[Effect]:
+        """Yield what follows from all events together."""
+        yield from self.wishes()
+        if begins:
+            yield from self.begin_due()
+        yield from self.outbox()
 
     def guarded(self, step: Callable[[], Iterator[Effect]], event: Any = None) -> list[Effect]:
         """Take one step; one that raises is undone alone, logged and dropped."""
@@ -3681,6 +3688,7 @@ class Dispatcher:
                 job = self.job(run, hook)
                 job.settles, job.began = True, f"run {run.id} was cut off; cleaning up: {run.push}"
                 yield Begin(job)
+        store.wake_timed()
         running = store.value("SELECT count(*) FROM runs WHERE state = 'running'")
         while running < jobs:
             # A pattern's run never takes the last of several jobs: a preview holds nothing up.
@@ -4100,9 +4108,11 @@ class Daemon:
         heard = self.look_at == 0.0
         waited, self.look_at = len(self.inbox), now + NOISE_SECONDS
         try:
-            effects = self.dispatcher.turn(events, self.stop_at == NEVER)
+            begins = self.stop_at == NEVER
+            effects = self.dispatcher.turn(events, begins)
             del self.inbox[:waited]
-            self.look_at = min(self.look_at, now + self.store.next_time())
+            if begins:
+                self.look_at = min(self.look_at, now + self.store.next_time())
         except (sqlite3.Error, OSError, ConfigError) as error:
             if delivered or now >= self.complain_at:
                 log.error("the queue cannot be written: %s state=%s", error, self.config.state)
@@ -4795,8 +4805,9 @@ def watch(setup: Setup, number: int, following: bool) -> int:
 
 def follow(setup: Setup, number: int) -> int:
     """Follow a run that a verb queued: print its output and its end; return its exit status."""
+    up = wake_daemon(setup.state)
     print(f"queued run {number}: {setup.store.runs('WHERE r.id = ?', number)[0].push}", flush=True)
-    if not wake_daemon(setup.state):
+    if not up:
         print("hookd: hookd is not running; the run begins when it starts", file=sys.stderr)
         return 1
     try:
