@@ -3763,8 +3763,9 @@ class Dispatcher:
                 store.execute("DELETE FROM heads WHERE target = ? AND ref = ?", run.target.id,
                               run.push.ref)
             elif not run.goal and not run.push.deleted and job.commit:
-                sql = """UPDATE heads SET commit_id = ? WHERE target = ? AND ref = ?
-                    AND commit_id IN (?, ?)"""  # what was seen while it ran stays the newest
+                sql = """INSERT INTO heads (commit_id, target, ref) VALUES (?, ?, ?)
+                    ON CONFLICT (target, ref) DO UPDATE SET commit_id = excluded.commit_id
+                    WHERE commit_id IN (?, ?)"""  # what was seen while it ran stays the newest
                 seen = run.push.commit, run.push.before if run.cause == "run" else run.push.commit
                 store.execute(sql, job.commit, run.target.id, run.push.ref, *seen)
             store.move(number, state, **facts)
