@@ -57,7 +57,7 @@ from collections import ChainMap, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import partial
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
@@ -248,13 +248,15 @@ class Decision(NamedTuple):
 # which raises ValueError("fault; remedy"). A setting is parsed once, where it stands, used or not.
 # All problems are collected and reported together; warnings are for `check`.
 
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "K": 1024, "M": 1024**2, "G": 1024**3}
-BOOLEANS = configparser.RawConfigParser.BOOLEAN_STATES
 REPOSITORY = re.compile(r"(?!\.\.?/)[\w.-]{1,100}/(?:(?!\.\.?$)[\w.-]{1,100}|\*)", re.ASCII)
 NAME = "[A-Za-z_][A-Za-z0-9_]*"
+URL = r"https?://[^\s/?#]+(?:[/?#]\S*)?"
 PLACES = "{repo} {owner} {name} {branch} {slug}"
 WORK = "work/{repo}/{slug}"
 SCRIPTS = ("command", "activate", "on_success", "on_failure", "on_delete")
+SECRETS = ("secret", "secret_file")
+FILES = ("state", "tls_cert", "tls_key", "page", "deploy_key", "directory", "environment_file",
+         "report_token_file")
 # systemd.exec(5), EnvironmentFile=: quoted parts, which may span lines, then plain text.
 QUOTED = r"""[ \t]*(?:"(?:[^"\\]|\\[\s\S])*"|'[^']*')"""
 VARIABLE = re.compile(rf"^[ \t]*({NAME})[ \t]*=((?:{QUOTED})*)[ \t]*((?:[^\\\n]|\\[\s\S])*)",
@@ -265,44 +267,17 @@ def lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def whole_number(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text[:10]) < 10**9:
-        raise ValueError(f"{text!r} is not a number from 1 up; write it like 2")
-    return int(text)
-
-
-def quantity(text: str, units: str, what: str) -> int:
-    unit = text[-1:] if text[-1:] in units else ""
-    try:
-        return whole_number(text[: len(text) - len(unit)]) * UNITS[unit or "?"]
-    except (ValueError, KeyError):
-        raise ValueError(f"{text!r} is not {what}") from None
-
-
-def duration(text: str) -> int:
-    return quantity(text, "smhd", "a duration; write it like 90s, 15m, 2h or 1d")
-
-
-def no_or_duration(text: str) -> int:
-    what = "no or a duration; write it like no, 15m, 2h or 1d"
-    return 0 if text == "no" else quantity(text, "smhd", what)
-
-
-def size(text: str) -> int:
-    what = "a size; write it like 64K or 25M"
-    return whole_number(text) if text.isdigit() else quantity(text, "KMG", what)
-
-
-def no_or_two(text: str) -> int:
-    if text != "no" and not (text.isdigit() and 2 <= int(text[:9])):
-        raise ValueError(f"{text!r} is not no or a number from 2 up; write it like 5")
-    return 0 if text == "no" else whole_number(text)
-
-
-def yes_or_no(text: str) -> bool:
-    if text.lower() not in BOOLEANS:
-        raise ValueError(f"invalid {text!r}; use yes or no")
-    return BOOLEANS[text.lower()]
+def quantity(what: str, units: Mapping[str, int], least: int = 1,
+             no: bool = False) -> Callable[[str], int]:
+    """Return the parser of whole numbers with a unit; with `no`, that word means 0."""
+    def parse(text: str) -> int:
+        match = re.fullmatch("([0-9]{1,9})([A-Za-z]?)", text)
+        if no and text == "no":
+            return 0
+        if not match or match[2] not in units or int(match[1]) < least:
+            raise ValueError(f"{text!r} is not {what}")
+        return int(match[1]) * units[match[2]]
+    return parse
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -313,56 +288,52 @@ def one_of(*words: str) -> Callable[[str], str]:
     return parse
 
 
+def shaped(pattern: str, what: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text and not re.fullmatch(pattern, text):
+            raise ValueError(f"{redact(text, ())!r} is not {what}")
+        return text
+    return parse
+
+
+def placed(known: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        for word in re.findall(r"\{[^{}]*\}", text):
+            if word not in known.split():
+                raise ValueError(f"{word} is not known here; use {known}")
+        return text
+    return parse
+
+
+def yes_or_no(text: str) -> bool:
+    states = configparser.RawConfigParser.BOOLEAN_STATES
+    if text.lower() not in states:
+        raise ValueError(f"invalid {text!r}; use yes or no")
+    return states[text.lower()]
+
+
 def address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    good = re.fullmatch(r"\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+", host) and re.fullmatch("[0-9]{1,5}", port)
-    if not (re.fullmatch("unix:/.+", text) or (good and int(port) < 65536)):
+    match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})", text)
+    if not (re.fullmatch("unix:/.+", text) or (match and int(match[1]) < 65536)):
         remedy = "write 127.0.0.1:9000, [::1]:9000 or unix:/path"
         raise ValueError(f"{text!r} is not an address; {remedy}")
     return text
 
 
-def url_path(text: str) -> str:
-    if not re.fullmatch(r'/[!-"$->@-~]*', text):
-        raise ValueError(f"{text!r} is not a URL path; begin with / and use no space, ? or #")
-    return text
-
-
-def url(text: str) -> str:
-    if not re.fullmatch(r"https?://[^\s/?#]+(?:[/?#]\S*)?", text):
-        raise ValueError(f"{redact(text, ())!r} is not a URL; write it like https://example.com/")
-    return text.rstrip("/")
-
-
-def health_url(text: str) -> str:
-    if not re.fullmatch(r"unix:/[^:]+:/\S*", text):
-        with contextlib.suppress(ValueError):
-            return url(text) and text
-        raise ValueError(f"{redact(text, ())!r} is not a URL that hookd can ask; write "
-                         "http://127.0.0.1:8000/ or unix:/run/app.sock:/")
-    return text
-
-
 def networks(text: str) -> tuple[Any, ...]:
     import ipaddress
-    found, bad = [], []
-    for word in text.split():
-        try:
-            found.append(ipaddress.ip_network(word))
-        except ValueError as error:
-            bad.append(str(error))
-    if bad:
-        raise ValueError(f"{', '.join(bad)}; write networks like 192.30.252.0/22 2a0a:a440::/29")
-    return tuple(found)
+    try:
+        return tuple(ipaddress.ip_network(word) for word in text.split())
+    except ValueError as error:
+        raise ValueError(f"{error}; write networks like 192.30.252.0/22 2a0a:a440::/29") from None
 
 
 def variables(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = [line.partition("=") for line in lines(text)]
-    bad = [f"line {number}" for number, (name, equals, _) in enumerate(pairs, 1)
-           if not equals or not re.fullmatch(NAME, name)]
+    bad = [f"line {number}" for number, line in enumerate(lines(text), 1)
+           if not re.match(f"{NAME}=", line)]
     if bad:  # the text may be the second line of a key
         raise ValueError(f"{', '.join(bad)} is no variable; write lines NAME=value")
-    return tuple((name, value) for name, _, value in pairs)
+    return tuple((name, value) for name, _, value in (line.partition("=") for line in lines(text)))
 
 
 def read_variables(text: str) -> dict[str, str]:
@@ -380,25 +351,20 @@ def read_variables(text: str) -> dict[str, str]:
 
 def shared_paths(text: str) -> tuple[str, ...]:
     for line in lines(text):
-        parts = line.rstrip("/").split("/")
-        if set(parts) & {"", ".", "..", ".git"}:
+        if {"", ".", "..", ".git"} & set(line.rstrip("/").split("/")):
             raise ValueError(f"{line!r} leads out of the release; write a path inside it, like "
                              "uploads/ or .env")
     return lines(text)
 
 
-def placed(known: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        for word in re.findall(r"\{[^{}]*\}", text):
-            if word not in known.split():
-                raise ValueError(f"{word} is not known here; use {known}")
-        return text
-    return parse
-
-
 def key(default: str, parse: Callable[[str], Any] = str, secret: bool = False) -> Any:
-    value = parse(default) if default else "" if parse in (str, url, health_url) else parse("")
-    return field(default=value, repr=not secret, metadata={"parse": parse, "text": default})
+    return field(default=parse(default), repr=not secret,
+                 metadata={"parse": parse, "text": default})
+
+
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+duration = quantity("a duration; write it like 90s, 15m, 2h or 1d", SECONDS)
+positive = quantity("a number from 1 up; write it like 2", {"": 1})
 
 
 @dataclass(frozen=True)
@@ -408,6 +374,7 @@ class Hook:
     section: str
     repo: str
     pattern: str
+    levels: tuple[str, ...]  # the sections in which its settings are looked up
     secret: tuple[str, ...] = key("", lines, secret=True)
     secret_file: str = key("")
     command: str = key("")
@@ -422,11 +389,15 @@ class Hook:
     workflows: tuple[str, ...] = key("", lines)
     paths: tuple[str, ...] = key("", lines)
     lock: str = key("", placed(PLACES))
-    catch_up: int = key("1h", no_or_duration)  # 0: never
-    releases: int = key("no", no_or_two)  # 0: none
+    catch_up: int = key("1h", quantity("no or a duration; write it like no, 15m, 2h or 1d",
+                                       SECONDS, no=True))  # 0: never
+    releases: int = key("no", quantity("no or a number from 2 up; write it like 5",
+                                       {"": 1}, 2, no=True))  # 0: none
     shared: tuple[str, ...] = key("", shared_paths)
     activate: str = key("")
-    healthcheck: str = key("", health_url)
+    healthcheck: str = key("", shaped(
+        rf"{URL}|unix:/[^:]+:/\S*", "a URL that hookd can ask; write http://127.0.0.1:8000/ or "
+        "unix:/run/app.sock:/"))
     healthcheck_timeout: int = key("30s", duration)
     skip: tuple[str, ...] = key("[skip deploy]", lines)
     on_success: str = key("")
@@ -434,27 +405,27 @@ class Hook:
     on_delete: str = key("")
     report_token: str = key("", secret=True)
     report_token_file: str = key("")
-    report_api: str = key("https://api.github.com", url)
+    report_api: str = key("https://api.github.com",
+                          shaped(URL, "a URL; write it like https://example.com/"))
     report_url: str = key("", placed(PLACES + " {run}"))
+
+    @property
+    def ref_pattern(self) -> str:
+        """Return the pattern that whole refs are matched against."""
+        kind = "tags" if self.event == "release" else "heads"
+        return self.pattern if self.pattern.startswith("refs/") else f"refs/{kind}/{self.pattern}"
 
     @property
     def directory_pattern(self) -> str:
         """Return the directory with the hook's own pattern in it, to compare two hooks by."""
-        kind = "refs/tags/" if self.event == "release" else "refs/heads/"
-        ref = self.pattern if self.pattern.startswith("refs/") else kind + self.pattern
-        return os.path.normpath(fill(self.directory, self.repo.lower(), ref))
+        return os.path.normpath(fill(self.directory, self.repo.lower(), self.ref_pattern))
 
     @property
     def is_pattern(self) -> bool:
         return bool(re.search(r"[*?\[]", self.repo + self.pattern))
 
     def matches(self, push: Push) -> bool:
-        if self.event != push.event:
-            return False
-        if self.pattern.startswith("refs/"):
-            return fnmatchcase(push.ref, self.pattern)
-        plain = push.ref.startswith("refs/heads/") or push.event == "release"
-        return plain and fnmatchcase(short_name(push.ref), self.pattern)
+        return self.event == push.event and fnmatchcase(push.ref, self.ref_pattern)
 
     def line(self, ref: str) -> str:
         """Return the ref of this ref's target: tags, and releases, share one for each directory."""
@@ -471,11 +442,13 @@ class Config:
     levels: Mapping[str, Mapping[str, str]] = field(repr=False)  # section -> key -> text
     base: str  # folder of relative names
     listen: str = key("127.0.0.1:9000", address)
-    path: str = key("/", url_path)
+    path: str = key("/", shaped(r'/[!-"$->@-~]*',
+                                "a URL path; begin with / and use no space, ? or #"))
     state: str = key("")
-    jobs: int = key("2", whole_number)
-    keep: int = key("50", whole_number)
-    max_body: int = key("25M", size)
+    jobs: int = key("2", positive)
+    keep: int = key("50", positive)
+    max_body: int = key("25M", quantity("a size; write it like 64K or 25M",
+                                      {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}))
     log: str = key("auto", one_of("auto", "syslog", "stderr"))
     tls_cert: str = key("")
     tls_key: str = key("")
@@ -484,36 +457,23 @@ class Config:
     page_output: bool = key("no", yes_or_no)
     allow_from: tuple[Any, ...] = key("", networks)
 
-    @cached_property
-    def by_repo(self) -> Mapping[str, Mapping[int, Hook]]:
-        found: dict[str, dict[int, Hook]] = {}
-        for index, hook in enumerate(self.hooks.values()):
-            found.setdefault(hook.repo.lower(), {})[index] = hook
-        return found
-
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
-        own, owners = repo.lower(), repo.lower().split("/")[0] + "/*"
-        found = {**self.by_repo.get(own, {}), **self.by_repo.get(owners, {})}
-        return [found[index] for index in sorted(found)]
-
-    def levels_of(self, hook: Hook) -> list[str]:
-        """Return the sections in which a hook's settings are looked up, in that order."""
-        own = [name for name in self.levels if name.strip().lower() == hook.repo.lower()]
-        names = [hook.section, *own, "hookd"]
-        return [name for name in names if name in self.levels]
+        names = (repo.lower(), repo.lower().partition("/")[0] + "/*")
+        return [hook for hook in self.hooks.values() if hook.repo.lower() in names]
 
     def hook_for(self, push: Push) -> Optional[Hook]:
         """Return the hook that takes a push: the first match wins."""
         return next((hook for hook in self.hooks_for(push.repo) if hook.matches(push)), None)
 
+    def level_of(self, hook: Hook, key: str) -> str:
+        """Return the section that a hook has a setting from, "" where none sets it."""
+        return next((level for level in hook.levels if key in self.levels[level]), "")
+
 
 DAEMON_KEYS = {item.name: item for item in fields(Config) if item.metadata}
 HOOK_KEYS = {item.name: item for item in fields(Hook) if item.metadata}
 KEYS = {**DAEMON_KEYS, **HOOK_KEYS}
-SECRETS = ("secret", "secret_file")
-FILES = ("state", "tls_cert", "tls_key", "page", "deploy_key", "directory", "environment_file",
-         "report_token_file")
 
 
 def ini_parser(strict: bool) -> configparser.RawConfigParser:
@@ -534,15 +494,15 @@ class Ini:
         self.name, self.base = name, base
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        self.ini = ini_parser(strict=True)
+        ini = ini_parser(strict=True)
         try:
-            self.ini.read_string(text)
+            ini.read_string(text)
         except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
             fault = f"duplicate (line {error.lineno}); keep one"
             self.problem(error.section, getattr(error, "option", ""), fault)
-            self.ini = ini_parser(strict=False)  # to report what else there is
+            ini = ini_parser(strict=False)  # to report what else there is
             with contextlib.suppress(configparser.Error):
-                self.ini.read_string(text)
+                ini.read_string(text)
         except configparser.MissingSectionHeaderError as error:
             fault = "stands before the first [section]; begin with [hookd]"
             self.problems.append(f"{name}: line {error.lineno} {fault}")
@@ -550,31 +510,26 @@ class Ini:
             for number, line in error.errors:
                 opened = re.match(r"'?\s*\[[^\]]*(\\n)?'?$", line)
                 fault = ("has no ] at its end; write [owner/repo branch]" if opened else
-                         "is no [section] and no `key = value`; indent it if it continues the one above")
+                         "is no [section] and no `key = value`; indent it if it continues "
+                         "the one above")
                 self.problems.append(f"{name}: line {number} {fault}")
+        self.levels = {section: dict(ini[section]) for section in ini.sections()}
 
     def problem(self, section: str, key: str, fault: str) -> None:
-        line = f"{self.name}: [{section}]{' ' + key if key else ''}: {fault}"
-        if line not in self.problems:
-            self.problems.append(escape(line))
+        self.problems.append(escape(f"{self.name}: [{section}]{' ' + key if key else ''}: {fault}"))
 
     def warn(self, section: str, key: str, fault: str) -> None:
         self.warnings.append(escape(f"{self.name}: [{section}] {key}: {fault}"))
 
-    @property
-    def levels(self) -> dict[str, dict[str, str]]:
-        return {name: dict(self.ini[name]) for name in self.ini.sections()}
-
     def state(self, default: str) -> str:
-        given = self.ini.get("hookd", "state", fallback="")
+        given = self.levels.get("hookd", {}).get("state")
         return os.path.join(self.base, given) if given else default
 
     def value(self, section: str, key: str, text: str) -> Any:
         """Return what a setting says, where it stands; raise ValueError."""
         if key not in KEYS:
             import difflib
-            known = list(KEYS if section == "hookd" else HOOK_KEYS)
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(key, KEYS if section == "hookd" else HOOK_KEYS, n=1)
             remedy = f"did you mean {near[0]}?" if near else "hookd.ini lists all there are"
             raise ValueError(f"unknown setting; {remedy}")
         if key in DAEMON_KEYS and section != "hookd":
@@ -594,55 +549,43 @@ class Ini:
                 if name in KEYS:
                     fault = f"its line `{name} = ` is shell; delete the indentation to set {name}"
                     self.warn(section, key, fault)
-        elif key != "environment" and re.search(r"\s[#;]", text) and key not in SECRETS:
+        elif re.search(r"\s#" if key == "environment" else r"\s[#;]", text) and key not in SECRETS:
             self.warn(section, key, "its value has the `#` or `;` in it; a comment needs a line of "
                       "its own")
-        elif key == "environment" and re.search(r"(?m)\s#", text):
-            self.warn(section, key, "a value has a ` #` in it; a comment needs a line of its own")
 
-    def read(self, section: str, used: set[str]) -> dict[str, Any]:
-        """Return what a section sets; report what is wrong with its name and its keys."""
-        words, values = section.split(), {}
-        if section != "hookd":
-            if len(words) not in (1, 2) or not REPOSITORY.fullmatch(words[0]):
-                self.problem(section, "", "is no hook; write [hookd] or [owner/repo branch]")
-            elif words[0].lower() not in used:
-                self.problem(section, "", f"no hook uses this section; add one like [{section} main]")
-            elif len(words) == 1 and self.shared[words[0].lower()] != section:
-                self.problem(section, "", "duplicate, in another case; keep one")
-        for key, text in self.ini[section].items():
+    def read(self, section: str) -> dict[str, Any]:
+        """Return what a section sets; report what is wrong with its settings."""
+        values: dict[str, Any] = {}
+        for key, text in self.levels[section].items():
             try:
                 values[key] = self.value(section, key, text)
                 self.look_twice(section, key, text)
             except ValueError as error:
                 self.problem(section, key, str(error))
-                if key in HOOK_KEYS:  # set, if only to be mended
-                    default = HOOK_KEYS[key].default
-                    values[key] = text if isinstance(default, str) else default
+                values[key] = text  # not missing, if only to be mended
         if set(SECRETS) & set(values):  # the two are one setting
             values = {"secret": (), "secret_file": "", **values}
         return values
 
-    def hook(self, section: str, repo: str, pattern: str) -> Hook:
+    def hook(self, section: str, shared: str, repo: str, pattern: str) -> Hook:
         """Return a section's Hook; settings come from it, from its repository's, from [hookd]."""
-        levels = [section, self.shared.get(repo.lower(), section), "hookd"]
-        values = ChainMap(*(self.values.get(level, {}) for level in levels))
+        levels = tuple(name for name in (section, shared, "hookd") if name in self.levels)
+        values = ChainMap(*(self.values[level] for level in levels))
         settings = {key: values[key] for key in values if key in HOOK_KEYS}
         settings["directory"] = settings.get("directory") or f"{self.place}/{WORK}"
         if not settings.get("secret"):
             settings["secret_file"] = settings.get("secret_file") or f"{self.place}/secret"
-        return Hook(section, repo, pattern, **settings)
+        return Hook(section, repo, pattern, levels, **settings)
 
     def judge(self, hook: Hook) -> None:
         """Report what does not go together in a hook."""
         place = hook.section
         if not hook.command and not hook.git:
             self.problem(place, "command", "is missing; set command, or git, or both")
-        own = self.ini[place]  # a default need not concern every hook
-        if hook.releases and not hook.git:
-            self.problem(place, "releases", "needs git; set git to the repository's URL")
-        if "deploy_key" in own and not hook.git:
-            self.problem(place, "deploy_key", "needs git; set git to the repository's URL")
+        own = self.levels[place]  # a default need not concern every hook
+        for key, given in (("releases", hook.releases), ("deploy_key", "deploy_key" in own)):
+            if given and not hook.git:
+                self.problem(place, key, "needs git; set git to the repository's URL")
         if "shared" in own and not hook.releases:
             self.problem(place, "shared", "needs releases; set releases to how many to keep")
         if "workflows" in own and hook.event != "workflow_run":
@@ -650,28 +593,33 @@ class Ini:
         if hook.event == "workflow_run" and not hook.workflows:
             self.warn(place, "workflows", "is not set, so any green workflow deploys; name the one "
                       "that tests")
-        if hook.report_api.startswith("http:") and (hook.report_token or hook.report_token_file):
-            self.warn(place, "report_api", "sends the token unencrypted; use https")
 
     def config(self, default_state: str) -> Config:
         """Return the Config; raise ConfigError."""
-        words = {name: name.split() for name in self.ini.sections()}
-        used = {two[0].lower() for two in words.values() if len(two) == 2}
-        self.shared = {name.strip().lower(): name for name in reversed(list(words))}
         self.place = self.state(default_state)
-        self.values = {name: self.read(name, used) for name in words}
-        own = self.values.get("hookd", {})
-        daemon = {key: own[key] for key in own if key in DAEMON_KEYS}
-        if bool(daemon.get("tls_cert")) != bool(daemon.get("tls_key")):
-            self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
-        hooks = {name: self.hook(name, *two) for name, two in words.items()
-                 if len(two) == 2 and name != "hookd"}
+        words = {name: name.split() for name in self.levels if name != "hookd"}
+        hooked = {pair[0].lower() for pair in words.values() if len(pair) == 2}
+        shared: dict[str, str] = {}
+        for name, pair in words.items():
+            if len(pair) not in (1, 2) or not REPOSITORY.fullmatch(pair[0]):
+                self.problem(name, "", "is no hook; write [hookd] or [owner/repo branch]")
+            elif pair[0].lower() not in hooked:
+                self.problem(name, "", f"no hook uses this section; add one like [{name} main]")
+            elif len(pair) == 1 and shared.setdefault(pair[0].lower(), name) != name:
+                self.problem(name, "", "duplicate, in another case; keep one")
+        self.values = {name: self.read(name) for name in self.levels}
+        hooks = {name: self.hook(name, shared.get(pair[0].lower(), ""), *pair)
+                 for name, pair in words.items() if len(pair) == 2}
         for hook in hooks.values():
             self.judge(hook)
+        own = self.values.get("hookd", {})
+        if bool(own.get("tls_cert")) != bool(own.get("tls_key")):
+            self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
         if self.problems:
-            raise ConfigError(*self.problems)
+            raise ConfigError(*dict.fromkeys(self.problems))
+        daemon = {key: own[key] for key in own if key in DAEMON_KEYS}
         daemon["state"] = self.place
-        common = self.hook("hookd", "", "")
+        common = self.hook("hookd", "", "", "")
         return Config(self.name, hooks, common, self.levels, self.base, **daemon)
 
 
@@ -4400,8 +4348,7 @@ def read_keyring(config: Config, make: bool) -> Keyring:
         try:
             return read()
         except (OSError, ValueError) as error:
-            level = next((level for level in config.levels_of(hook) if key in config.levels[level]),
-                         "hookd")
+            level = config.level_of(hook, key) or "hookd"
             fault = "put it in a file that hookd may read"
             problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); {fault}")
             return otherwise
@@ -4711,7 +4658,7 @@ def explain(setup: Setup, options: "argparse.Namespace") -> int:
     print(escape(f"[{hook.section}] takes {push.ref}, whose slug is {slug(push.ref)}"))
     rows = []
     for key in HOOK_KEYS:
-        level = next((level for level in config.levels_of(hook) if key in config.levels[level]), "")
+        level = config.level_of(hook, key)
         text = config.levels[level][key] if level else HOOK_KEYS[key].metadata["text"]
         if key in SECRETS:  # the two are one setting
             text, level = str(getattr(hook, key) or ""), level if getattr(hook, key) else ""
