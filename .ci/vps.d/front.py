@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import re
-import socket
 import ssl
 import threading
 
 from github import Answer, GitHub, push, sha
-from scene import Scene, wait_until
-from server import VISITOR, accepted, block, expect, readme
+from server import VISITOR, Scene, accepted, block, expect, wait_until
 
 SITE = """
 [octo/site main]
@@ -21,7 +19,6 @@ command = echo "$HOOKD_COMMIT" >commit
 CERTIFICATE = ("openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=server.example.com"
                " -addext 'subjectAltName=DNS:server.example.com,DNS:*.example.com'"
                " -out {0} -keyout {1} 2>&1")
-SERVED = "/var/lib/hookd/fullchain.pem"
 MEGABYTE = 1 << 20
 
 
@@ -66,7 +63,6 @@ class Front(Scene):
         raise NotImplementedError
 
     def _serves(self) -> bool:
-        """Tell whether a push that no hook wants is answered by hookd."""
         try:
             return self.hook.deliver(push("octo/site", "none", sha("0"))).status == 200
         except OSError:
@@ -100,7 +96,6 @@ class Front(Scene):
             pass
 
     def restarts_refuse_nothing(self) -> None:
-        """Pushes while hookd restarts three times: no 502."""
         answers: list[Answer] = []
         stop = threading.Event()
 
@@ -132,12 +127,10 @@ class Front(Scene):
         expect(answer.status in (404, 405), f"hookd itself: {answer}")
 
     def _deployed_page(self, word: str) -> None:
-        """Push, and wait until the page knows of it."""
         accepted(self.hook.deliver(push("octo/site", "main", sha(word))))
         wait_until("the page has it", lambda: sha(word)[:7] in self._ask("/", "secret").text)
 
     def _ask(self, path: str, password: str) -> Answer:
-        """Return what a visitor of the page sees."""
         host = found(r"(?:server_name |^)([\w.]+\.example\.com)", block(self.page))
         encoded = base64.b64encode(f"me:{password}".encode()).decode()
         visitor = GitHub("", self.hook.address, host=host, tls=self.tls)
@@ -175,48 +168,3 @@ class Caddy(Front):
         self.server.write("/etc/caddy/Caddyfile", "{\n  local_certs\n  skip_install_trust\n}\n"
                           + text + re.sub(r"(me )\S+", lambda m: m[1] + digest, page))
         self.server.run("systemctl start caddy")
-
-
-class Tls(Scene):
-    """tls_cert and tls_key, renewed as certbot does it."""
-
-    hook: GitHub
-    address = ("127.0.0.1", 9443)
-
-    def setup(self) -> None:
-        self.server.install(SITE, "/srv/site")
-        self._renew()
-        lines = ("listen = 0.0.0.0:9443", f"tls_cert = {SERVED}",
-                 "tls_key = /var/lib/hookd/privkey.pem")
-        for line in lines:
-            expect(line in readme(), f"README.md has no {line}")
-        self.server.configure("\n".join(["[hookd]", *lines]) + SITE, restart=True)
-        self.hook = self.server.webhook(address=self.address, tls=self._verifying())
-
-    def _renew(self) -> None:
-        """Do what certbot does: a new certificate where only root reads, then the deploy hook."""
-        live = "/etc/letsencrypt/live/hooks.example.com"
-        make = CERTIFICATE.format(f"{live}/fullchain.pem", f"{live}/privkey.pem")
-        self.server.run(f"mkdir -p {live} && chmod 700 /etc/letsencrypt && {make}"
-                        f" && install -o hookd -m 600 {live}/*.pem /var/lib/hookd/")
-
-    def _verifying(self) -> ssl.SSLContext:
-        """Return a client that trusts the present certificate, and only that."""
-        return ssl.create_default_context(cadata=self.server.read(SERVED))
-
-    def _certificate(self) -> bytes:
-        """Return the certificate that is served."""
-        with trusting().wrap_socket(socket.create_connection(self.address)) as connected:
-            return connected.getpeercert(True) or b""
-
-    def a_renewed_certificate_is_picked_up_by_a_reload(self) -> None:
-        """New connections get it, the process is the same; a broken one fails the reload."""
-        accepted(self.hook.deliver(push("octo/site", "main", sha("1"))))
-        before, pid = self._certificate(), self.server.main_pid()
-        self._renew()
-        self.server.run("systemctl reload hookd")
-        wait_until("another certificate", lambda: self._certificate() != before)
-        self.hook.tls = self._verifying()
-        self.server.run(f"echo no >{SERVED}; ! systemctl reload hookd")
-        accepted(self.hook.deliver(push("octo/site", "main", sha("renewed"))))
-        expect(self.server.main_pid() == pid, "another process")

@@ -63,7 +63,6 @@ class GitHub:
         return Answer(answer.status, answer.text.strip(), time.monotonic() - began)
 
     def get(self, path: str = "/", **headers: str) -> Answer:
-        """Return what a visitor of this host sees."""
         return self.send(request(b"", method="GET", path=path, Host=self.host, **headers))
 
 
@@ -84,7 +83,6 @@ class Load:
     sent: list[Answer] = field(default_factory=list)
 
     def start(self) -> list[threading.Thread]:
-        """Return the threads that send."""
         threads = [threading.Thread(target=self.pushes, args=(branch,), daemon=True)
                    for branch in self.branches]
         for thread in threads:
@@ -92,7 +90,6 @@ class Load:
         return threads
 
     def pushes(self, branch: str) -> None:
-        """Send each push at its time, or when the one before is answered."""
         first, number = time.monotonic(), 0
         while not self.stopping:
             time.sleep(max(0.0, first + number / self.rate - time.monotonic()))

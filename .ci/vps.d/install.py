@@ -1,14 +1,12 @@
 """Installing, first push, update, way back and removal: the README's blocks, as typed."""
 
-from __future__ import annotations
-
 import json
 import re
+import subprocess
 import time
 
 from github import get, push, sha
-from scene import FailedError, Scene, wait_until
-from server import accepted, block, expect
+from server import REPOSITORY, FailedError, Scene, accepted, block, expect, wait_until
 
 PLACES = """/opt/hookd /var/lib/hookd /var/cache/hookd /run/hookd /etc/systemd/system/hookd.service
     /etc/systemd/system/hookd.service.d /etc/systemd/system/hookd.socket
@@ -28,7 +26,6 @@ class Install(Scene):
         self.server.type_on_laptop(block(name).replace("root@server", f"{self.user}@server"))
 
     def _type(self, name: str, stop: bool = True) -> str:
-        """Type a block on the server as root, or after `sudo -s`."""
         return self.server.type_on_server(block(name), self.user, stop)
 
     def it_starts_with_the_shipped_ini(self) -> None:
@@ -44,7 +41,6 @@ class Install(Scene):
         self.note(line)
 
     def the_umask_of_the_laptop_does_not_matter(self) -> None:
-        """The files came with 0600; the state is hookd's alone."""
         shown = self.server.out("stat -c '%a %U %n' /opt/hookd /opt/hookd/hookd.* /etc/systemd/"
                                 "system/hookd.service /var/lib/hookd /var/lib/hookd/secret")
         modes = [" ".join(line.split()[:2]) for line in shown.splitlines()]
@@ -73,7 +69,6 @@ class Install(Scene):
         expect(self.server.out("systemctl is-enabled hookd") == "enabled", "not enabled")
 
     def an_update_runs_the_new_file(self) -> None:
-        """And keeps the version before; history stays."""
         self.server.run("cd /home/laptop/hookd && printf '\\n# a newer one\\n' >>hookd.py"
                         " && printf '\\n# a newer one\\n' >>hookd.service")
         before = self.server.main_pid()
@@ -83,19 +78,16 @@ class Install(Scene):
         expect(self.server.target("octo/site", "main")["commit"] == sha("b"), "history is gone")
 
     def _update(self) -> None:
-        """Type the README's update."""
         self._copy("install-copy")
         self._type("update")
 
     def _is(self, version: str, files: str) -> None:
-        """Expect the newer or the older version in these files, with modes 644."""
         for path in files.split():
             newer = "# a newer one" in self.server.read(path)
             mode = self.server.out(f"stat -c %a {path}")
             expect(newer == (version == "newer") and mode == "644", f"{path}: {newer} {mode}")
 
     def the_way_back_runs_the_file_before(self) -> None:
-        """hookd.py and the unit as they were; history stays."""
         before = self.server.main_pid()
         self._type("back")
         wait_until("a new process", lambda: self.server.main_pid() not in (0, before))
@@ -151,28 +143,42 @@ class Linked(Scene):
     """Version 1.0 was linked from /opt/hookd; it goes on working, and an update makes it a file."""
 
     def setup(self) -> None:
-        self.server.run("install -d /opt/hookd && cd /home/laptop/hookd && install -m 644 hookd.*"
-                        " /opt/hookd && useradd --system --user-group --home-dir /var/lib/hookd"
-                        " hookd && systemctl enable --now /opt/hookd/hookd.service")
+        for name in ("hookd.py", "hookd.ini", "hookd.service"):
+            self.server.write(f"/opt/hookd/{name}", self._version_1(name))
+        self.server.run("useradd --system --user-group --home-dir /var/lib/hookd hookd"
+                        " && systemctl enable --now /opt/hookd/hookd.service")
+
+    def _version_1(self, name: str) -> str:
+        """Return a file of version 1.0; of today, where the repository has no history."""
+        done = subprocess.run(["git", "-C", str(REPOSITORY), "show", f"85dd90c:{name}"],
+                              capture_output=True, text=True, check=False)
+        return done.stdout or (REPOSITORY / name).read_text(encoding="utf-8")
+
+    def _pushed(self, word: str) -> None:
+        accepted(self.server.webhook().deliver(push("octo/site", "main", sha(word))))
+        self.server.wait_for_state("octo/site", "main", sha(word))
 
     def a_linked_unit_goes_on_working(self) -> None:
-        """Through a reload, a restart and a push."""
         self.server.run("systemctl reload hookd && systemctl restart hookd")
-        accepted(self.server.webhook().deliver(push("octo/site", "main", sha("1"))))
-        self.server.wait_for_state("octo/site", "main", sha("1"))
+        self._pushed("1")
 
-    def an_update_and_its_way_back_leave_a_unit_that_can_be_enabled(self) -> None:
-        """Also by who types `systemctl disable` first, and at the next boot."""
+    def an_update_keeps_the_history_and_its_way_back_too(self) -> None:
+        """The unit becomes a file; the old database serves the old version again."""
         self.server.type_on_laptop(block("install-copy"))
-        for name in ("update", "back"):
-            self.server.type_on_server(block(name))
-            shown = self.server.out("stat -c '%F %a' /etc/systemd/system/hookd.service")
-            expect(shown == "regular file 644", shown)
-        enabled = self.server.out("systemctl is-enabled hookd")
-        expect(enabled == "enabled", f"after the update: {enabled}")
+        self.server.type_on_server(block("update"))
+        self._pushed("2")
+        runs = json.loads(self.server.hookd("status --json octo/site main"))
+        expect(len(runs) == 2, f"the history: {runs}")
+        self.server.type_on_server(block("back-state"), stop=False)
+        self.server.type_on_server(block("back"))
+        self._pushed("3")
+        self.server.type_on_server(block("update"))
+        shown = self.server.out("stat -c '%F %a' /etc/systemd/system/hookd.service")
+        expect(shown == "regular file 644", shown)
+
+    def it_can_be_turned_off_and_on_and_runs_after_a_boot(self) -> None:
         self.server.run("rm /opt/hookd/hookd.service && systemctl disable --now hookd 2>&1"
-                        " && systemctl enable --now hookd")
-        self.server.run("sync")
+                        " && systemctl enable --now hookd && sync")
         self.server.cut_power()
         self.server.reboot()
         wait_until("hookd runs after a boot", lambda: self.server.shows("ActiveState") == "active")
@@ -182,7 +188,6 @@ class NoSystemd(Scene):
     """The README's lines for a system without systemd, and for a container."""
 
     def _answers(self) -> bool:
-        """Tell whether something answers on the port."""
         try:
             return get("localhost", "/", 9000).status > 0
         except OSError:
@@ -203,7 +208,6 @@ class NoSystemd(Scene):
         expect(entry.startswith("@reboot ") and entry[8:] in lines, entry)
 
     def _daemon(self) -> str:
-        """Return the daemon's process, or nothing."""
         return self.server.out("pgrep -u hookd -x python3 || true")
 
     def in_a_container_it_is_stopped_cleanly_and_leaves_no_zombie(self) -> None:

@@ -1,14 +1,11 @@
 """Syslog: hookd's lines in the journal and in rsyslog's file; journald stuck; a mail."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time
 
 from github import GitHub, push, sha
-from scene import Scene, wait_until
-from server import accepted, block, expect
+from server import Scene, accepted, block, expect, wait_until
 
 INI = """
 [octo/site main]
@@ -45,20 +42,6 @@ class Syslog(Scene):
     def setup(self) -> None:
         self.server.install(INI, "/srv/site")
         self.hook = self.server.webhook()
-
-    def lines_arrive_in_the_journal_with_their_priorities(self) -> None:
-        """info for what began and ended, warning for what was refused or failed."""
-        for branch, state in (("main", "ok"), ("bad", "failed")):
-            accepted(self.hook.deliver(push("octo/site", branch, sha(branch))))
-            self.server.wait_for_state("octo/site", branch, sha(branch), state)
-        wrong = GitHub("not the secret").deliver(push("octo/site", "main", sha("3")))
-        expect(wrong.status == 403, f"a wrong signature: {wrong}")
-        self.server.wait_for_log("signature")
-        for words, priority in (("listening on", 6), ("octo/site main", 6), ("signature", 4),
-                                ("failed", 4), ("the reason why", 4)):
-            found = {entry["PRIORITY"] for entry in self.server.journal()
-                     if words in str(entry["MESSAGE"])}
-            expect(found == {str(priority)}, f"{words}: priorities {found}")
 
     def lines_arrive_once_and_in_rsyslog_s_file_too(self) -> None:
         """Not by syslog and by standard error both; /var/log/syslog has `hookd[PID]: ...`."""

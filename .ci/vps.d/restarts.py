@@ -1,14 +1,11 @@
 """No connection is ever refused: restarts, kills and reloads under 100 pushes a second."""
 
-from __future__ import annotations
-
 import threading
 import time
 
 from github import Answer, GitHub, push, sha
 from github import Load as Pushes
-from scene import Scene, wait_until
-from server import accepted, block, expect
+from server import Scene, accepted, block, expect, wait_until
 
 BRANCHES = ["every", *(f"b{number}" for number in range(8))]
 # The ledger names what ran; the lock in the script notices two runs in one directory.
@@ -42,12 +39,10 @@ class Load(Scene):
         wait_until("200 pushes", lambda: len(self.pushes.sent) > 200)
 
     def _more(self) -> None:
-        """Wait for fifty answers more."""
         before = len(self.pushes.sent)
         wait_until("50 pushes more", lambda: len(self.pushes.sent) > before + 50)
 
     def ten_restarts(self) -> None:
-        """systemctl restart, ten times."""
         for _ in range(10):
             before = self.server.main_pid()
             self.server.run("systemctl restart hookd")
@@ -135,12 +130,10 @@ class SocketUnit(Scene):
         self.hook = self.server.webhook(address=("127.0.0.1", port))
 
     def _deploys(self, word: str) -> None:
-        """Push over systemd's socket, and see it run."""
         accepted(self.hook.deliver(push("octo/load", "b1", sha(word))))
         self.server.wait_for_state("octo/load", "b1", sha(word))
 
     def it_stays_served_through_reloads_and_a_restart(self) -> None:
-        """Also when `listen` changed in the ini meanwhile."""
         self._deploys("1")
         for number, verb in enumerate(("reload", "restart", "reload")):
             listen = f"[hookd]\nlisten = 127.0.0.1:910{number}"
@@ -149,6 +142,5 @@ class SocketUnit(Scene):
         self.server.write("/opt/hookd/hookd.ini", INI)
 
     def a_push_starts_a_stopped_hookd(self) -> None:
-        """With a socket unit even a stopped service refuses nothing."""
         self.server.run("systemctl stop hookd.service", check=False)
         self._deploys("2")

@@ -1,11 +1,11 @@
 """The server of the checks: a Machine with its people, its names, and hookd on it."""
 
-from __future__ import annotations
-
 import json
 import re
+import textwrap
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from github import ZERO, Answer, GitHub, push
 from machine import FailedError, Machine, wait_until
@@ -65,7 +65,6 @@ class Server(Machine):
         self.run(ADDRESSES)
 
     def install(self, ini: str = "", places: str = "") -> None:
-        """Install hookd as the README does, with `ini` or the shipped one; places are hookd's."""
         if ini:
             self.write("/home/laptop/hookd/hookd.ini", ini)
         self.run(f"set -e; cd /home/laptop/hookd\n{block('install')}")
@@ -117,26 +116,17 @@ class Server(Machine):
         self.run("systemctl start hookd", check=False)
 
     def webhook(self, **settings: Any) -> GitHub:
-        """Return GitHub's side of the webhook, with the secret hookd made."""
         return GitHub(self.read("/var/lib/hookd/secret").strip(), **settings)
 
     def main_pid(self) -> int:
-        """Return the daemon's process, 0 when there is none."""
         return int(self.shows("MainPID") or 0)
 
     def shows(self, name: str) -> str:
-        """Return a property of hookd's unit."""
         return self.out(f"systemctl show -P {name} hookd")
-
-    def journal(self) -> list[dict[str, Any]]:
-        """Return what hookd and its scripts said, oldest first."""
-        self.run("journalctl --sync", check=False)
-        lines = self.out("journalctl -q -t hookd -o json").splitlines()
-        return [json.loads(line) for line in lines]
 
     def log_lines(self, *words: str) -> list[str]:
         """Return hookd's lines that have all these words, whatever their case."""
-        lines = [str(entry["MESSAGE"]) for entry in self.journal()]
+        lines = self.out("journalctl --sync; journalctl -q -t hookd -o cat").splitlines()
         return [line for line in lines if all(w.lower() in line.lower() for w in words)]
 
     def wait_for_log(self, *words: str, seconds: float = 20, times: int = 1) -> str:
@@ -186,10 +176,10 @@ class Repository:
 
     def commit(self, branch: str, files: dict[str, str]) -> str:
         """Commit files on a branch and push them; return the commit's name."""
-        write = "\n".join(f"cat >{name} <<'THE-END'\n{text}\nTHE-END\n"
-                          f"truncate -s -1 {name}; chmod 755 {name}" for name, text in files.items())
+        write = "".join(f"cat >{name} <<'THE-END'\n{text}\nTHE-END\ntruncate -s -1 {name}\n"
+                        f"chmod 755 {name}\n" for name, text in files.items())
         switch = f"git switch -q {branch} 2>/dev/null || git switch -q -c {branch}"
-        return self.publish(branch, f"{{ {switch}; }}\n{write}\n"
+        return self.publish(branch, f"{{ {switch}; }}\n{write}"
                             "git add -A && git commit -q -m 'a change'")
 
     def merge(self, source: str, branch: str) -> str:
@@ -199,7 +189,6 @@ class Repository:
         return self.publish(branch, f"{{ {switch}; }} && {merge}")
 
     def publish(self, branch: str, script: str) -> str:
-        """Run a script at the desk, push the branch, return its newest commit."""
         return self.server.out(f"cd {self.desk} && {script} && git push -q -f origin {branch}"
                                " && git rev-parse HEAD", "git")
 
@@ -253,3 +242,59 @@ def expect(true: object, otherwise: str) -> None:
     """Raise FailedError with what was found instead, unless `true`."""
     if not true:
         raise FailedError(otherwise)
+
+
+class Scene:
+    """Subclasses write setup() and checks: every other public method, its name a sentence."""
+
+    SUITE = "bookworm"
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.noted: list[str] = []
+
+    def setup(self) -> None:
+        """Bring the server to where the checks begin."""
+
+    def note(self, figure: str) -> None:
+        """Add a measured figure to the line of the running check."""
+        self.noted.append(figure)
+
+    def run(self) -> tuple[int, int]:
+        """Run setup and the checks; print a line for each; return how many passed and failed."""
+        names = [name for kind in type(self).__mro__[-3::-1] for name, value in vars(kind).items()
+                 if callable(value) and not name.startswith("_") and name != "setup"]
+        if not self.judge("setup", self.setup):
+            return 0, len(names)
+        results = [self.judge(name, getattr(self, name)) for name in names]
+        return sum(results), len(results) - sum(results)
+
+    def judge(self, name: str, check: Callable[[], None]) -> bool:
+        """Run one check and print its line, with hookd's journal when it failed."""
+        title = f"{type(self).__name__.lower()}: {name.replace('_', ' ')}"
+        self.noted = []
+        before = self.cursor()
+        try:
+            check()
+        except Exception as error:  # whatever went wrong, the next check is still of use
+            first, _, rest = str(error).partition("\n")
+            if not isinstance(error, FailedError):
+                first, rest = repr(error), traceback.format_exc()
+            print(f"FAIL {title}: {first}")
+            print(textwrap.indent(rest, "     "), end="\n" if rest else "")
+            print(textwrap.indent(self.journal_since(before), "     | "), flush=True)
+            return False
+        if name != "setup":
+            print(f"ok {title}" + "".join(f" ({figure})" for figure in self.noted), flush=True)
+        return True
+
+    def cursor(self) -> str:
+        """Return the journal's present end."""
+        shown = self.server.run("journalctl -q -n 0 --show-cursor", check=False).stdout
+        return shown.partition("cursor: ")[2].strip()
+
+    def journal_since(self, cursor: str) -> str:
+        """Return hookd's journal since then, at most its last 40 lines."""
+        after = f"--after-cursor='{cursor}'" if cursor else ""
+        script = f"journalctl -q --no-hostname -o short-precise -u hookd {after} | tail -40"
+        return self.server.run(script, check=False).stdout

@@ -4,15 +4,12 @@ Both were written up by the people who ran them: a blog that publishes itself, a
 that updates itself.  What a visitor sees over HTTP is what is asserted.
 """
 
-from __future__ import annotations
-
 import re
 import time
 
 from front import CERTIFICATE, found, trusting
 from github import GitHub, get, push
-from scene import Scene, wait_until
-from server import Repository, Server, accepted, block, expect
+from server import Repository, Scene, Server, accepted, block, expect, wait_until
 
 BUILD = """#!/bin/sh -e
 # The page says which branch's text it is, when, and with what PATH; a staged one shows drafts.
@@ -96,7 +93,6 @@ class Blog(Scene):
         return get(host).text
 
     def a_push_to_staging_shows_on_staging_only(self) -> None:
-        """With its drafts; live is not there yet."""
         self.blog.push(self.hook, "staging", {
             "build.sh": BUILD, "text.html": "first post", "draft.html": "a draft"})
         self._sees("staging.example.com", "first post")
@@ -104,7 +100,6 @@ class Blog(Scene):
         expect(get("blog.example.com").status == 404, f"{get('blog.example.com')}")
 
     def merging_it_into_master_publishes(self) -> None:
-        """The push that a merged pull request makes."""
         self._merge()
         page = self._sees("blog.example.com", "first post")
         expect("a draft" not in page, f"a draft is live: {page}")
@@ -114,7 +109,6 @@ class Blog(Scene):
         self._sees("blog.example.com", "second post")
 
     def _merge(self) -> None:
-        """Merge staging into master on the git host, which sends a push of master."""
         before = self.blog.tip("master")
         after = self.blog.merge("staging", "master")
         accepted(self.hook.deliver(push("octo/blog", "master", after, before)))
@@ -148,7 +142,6 @@ class Blog(Scene):
         expect(5 <= len(kept) <= 6, f"kept releases: {kept}")
 
     def _told(self) -> list[int]:
-        """Return what wrk noted: answers, wrong ones, kinds of pages."""
         words = self.server.run("cat /tmp/wrk", check=False).stdout.split()
         return [int(word) for word in words] if len(words) == 3 else [0, 0, 0]
 
@@ -180,7 +173,6 @@ class Blog(Scene):
         self.note(", ".join(slugs.values()))
 
     def a_deleted_branch_disappears(self) -> None:
-        """Its name answers 404, its directory is gone, others stay."""
         accepted(self.blog.push_deletion(self.hook, "feature-dark"))
         wait_until("404", lambda: get("feature-dark.preview.example.com").status == 404)
         wait_until("the directory is gone", lambda: not self.server.out(
@@ -191,7 +183,6 @@ class Copy(Scene):
     """System A as it was: staging and master of one repository, built in one working copy."""
 
     def both_pushed_at_once_end_each_with_its_own_page(self) -> None:
-        """The runs do not overlap, and neither folder has the other's text."""
         blog = Repository(self.server, "octo/blog")
         self.server.install(block("copy-ini"), "/srv/blog")
         allow_key(self.server, blog, block("copy-ini"))
@@ -233,7 +224,6 @@ class App(Scene):
                                         path=self.path, host="myapp.example.com")
 
     def _page(self) -> str:
-        """Return what a visitor sees."""
         visitor = GitHub("", ("127.0.0.1", 443), host="myapp.example.com", tls=trusting())
         return visitor.get().text
 
@@ -276,9 +266,3 @@ class App(Scene):
             done = self.server.run(f"runuser -u {user} -- systemctl --no-ask-password {what}",
                                    check=False)
             expect(done.returncode != 0, f"{user} may {what}")
-
-    def the_app_cannot_read_the_deploy_key(self) -> None:
-        """It lies in hookd's state, 0700."""
-        key = found(r"deploy_key = (\S+)", block("flask-ini"))
-        done = self.server.run(f"runuser -u www-data -- cat {key}", check=False)
-        expect(done.returncode != 0, "the app can read the deploy key")

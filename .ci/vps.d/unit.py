@@ -1,13 +1,10 @@
 """The unit under systemd: what it allows, how it starts and stops, the watchdog, a power cut."""
 
-from __future__ import annotations
-
 import re
 import time
 
 from github import GitHub, push, sha
-from scene import Scene, wait_until
-from server import REPOSITORY, Repository, accepted, block, expect, readme
+from server import REPOSITORY, Scene, accepted, block, expect, readme, wait_until
 
 SITE = """
 [octo/site main]
@@ -38,7 +35,6 @@ class Site(Scene):
         self.server.install(SITE, "/srv/site")
 
     def _deploys(self) -> None:
-        """Push, and see the commit in /srv/site."""
         before, self.pushed = self.pushed, sha(f"after {self.pushed}")
         accepted(self.server.webhook().deliver(push("octo/site", "main", self.pushed, before)))
         self.server.wait_for_state("octo/site", "main", self.pushed)
@@ -150,7 +146,6 @@ class Starting(Site):
     """What keeps hookd from starting, and that it comes back by itself when it is mended."""
 
     def _restarts(self) -> int:
-        """Return how often systemd has started hookd again."""
         return int(self.server.shows("NRestarts"))
 
     def _tried_again(self, times: int = 2) -> None:
@@ -169,7 +164,6 @@ class Starting(Site):
         self._deploys()
 
     def a_port_that_is_taken(self) -> None:
-        """By another program, which ends later."""
         self.server.run("systemctl stop hookd; setsid python3 -m http.server -b 127.0.0.1 9000"
                         " >/dev/null 2>&1 & echo $! >/tmp/pid")
         wait_until("the port is taken", lambda: self.server.out("ss -Hltn 'sport = 9000'"))
@@ -242,8 +236,8 @@ command =
 """
 
 
-class Slow(Scene):
-    """A command of two seconds that keeps a ledger."""
+class Stopping(Scene):
+    """What a stop waits for, what it ends, and a command that restarts its own daemon."""
 
     hook: GitHub
 
@@ -262,10 +256,6 @@ class Slow(Scene):
 
     def _ledger(self) -> str:
         return self.server.read("/srv/slow/ledger")
-
-
-class Stopping(Slow):
-    """What a stop waits for, what it ends, and a command that restarts its own daemon."""
 
     def a_stop_waits_for_the_running_command(self) -> None:
         """As long as HOOKD_STOP_SECONDS says, whatever TimeoutStopSec has."""
@@ -318,17 +308,8 @@ class Stopping(Slow):
                       f" {time.monotonic() - began:.0f} s")
             expect(times <= 2, f"the command began {times} times")
 
-    def _rests(self, branch: str) -> bool:
-        """Tell whether the branch has run and neither runs nor waits."""
-        one = self.server.target("octo/slow", branch)
-        return bool(one) and not one["running"] and not one["waiting"]
-
-
-class Power(Slow):
-    """The daemon killed alone, and the plug pulled."""
-
     def what_was_accepted_before_a_power_cut_is_deployed_after_it(self) -> None:
-        """Three pushes, the plug is pulled in the first command, the server boots again."""
+        self.server.drop_in("")
         self.server.run(": >/srv/slow/ledger; sync")
         names = [sha(f"cut{number}") for number in range(3)]
         for name in names:
@@ -340,22 +321,9 @@ class Power(Slow):
         missing = [name for name in names if f"ended {name}" not in self._ledger()]
         expect(not missing, f"never ended: {missing}\n{self._ledger()}")
 
-    def a_fetch_that_a_power_cut_ends_heals(self) -> None:
-        """60 MB come over ssh when the plug is pulled; after the boot they are deployed."""
-        blog = Repository(self.server, "octo/blog")
-        blog.commit("main", {"page": "one"})
-        blog.deploy_key(self.server.type_on_server(block("deploy-key")).splitlines()[-1])
-        self.server.configure("[octo/blog main]\ngit = git@github.com:octo/blog.git\n"
-                              "deploy_key = /var/lib/hookd/octo-blog.key\ndirectory = /srv/blog\n")
-        self.server.run(f"cd {blog.desk} && head -c 60000000 /dev/urandom"
-                        " | split -b 200000 -a 3 - big. && sync")
-        name = blog.push(self.hook, "main", {"page": "big"})
-        self.server.run("until ls /srv/blog/.git/objects/pack/tmp_pack_* 2>/dev/null;"
-                        " do sleep 0.01; done", timeout=30)
-        self.server.cut_power()
-        self.server.reboot()
-        self.server.wait_for_state("octo/blog", "main", name, seconds=60)
-        expect(self.server.read("/srv/blog/page") == "big", "another page")
+    def _rests(self, branch: str) -> bool:
+        one = self.server.target("octo/slow", branch)
+        return bool(one) and not one["running"] and not one["waiting"]
 
 
 class Watchdog(Site):

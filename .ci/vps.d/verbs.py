@@ -1,14 +1,11 @@
 """Every verb under the real unit: with a run at work, with the daemon down, as another user."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import threading
 
 from github import GitHub, push, sha
-from scene import FailedError, Scene, wait_until
-from server import Repository, accepted, block, expect
+from server import FailedError, Repository, Scene, accepted, block, expect, wait_until
 
 INI = """
 [octo/slow main]
@@ -82,7 +79,6 @@ class AtWork(Verbs):
         expect(len(waiting) == 5 and self.thread.is_alive(), f"waiting {waiting}")
 
     def every_verb_serves_meanwhile(self) -> None:
-        """As root; what it changes is the blog, or what waits."""
         run = self.server.target("octo/slow", "main")["running"]
         self._verb("check", 0, "octo/slow", "octo/blog")
         self._verb("check octo/blog main", 0, "/srv/blog", "octo-blog.key")
@@ -106,7 +102,6 @@ class AtWork(Verbs):
         self._verb(f"cancel {last}", 0, "cancel")
 
     def another_user_is_told_to_use_sudo_and_changes_nothing(self) -> None:
-        """Each verb that touches the state."""
         before = self.server.status()
         for verb in VERBS:
             self._verb(verb, 1, "sudo", user="laptop")
@@ -148,7 +143,6 @@ class Down(Verbs):
         self.server.run("touch /srv/slow/go && systemctl stop hookd")
 
     def status_and_log_serve_and_say_that_it_is_down(self) -> None:
-        """1, as for a failed deploy; the history is there."""
         self._verb("status", 1, "not running", "octo/blog")
         self._verb("status octo/blog main", 1, self.commits[2][:7])
         self._verb("log octo/blog main", 0)
@@ -161,7 +155,6 @@ class Down(Verbs):
             self._verb(verb, 1, "sudo", user="laptop")
 
     def pause_resume_and_cancel_take_effect_at_once(self) -> None:
-        """A run that waits is cancelled without the daemon."""
         self._verb("pause octo/slow -m house", 0)
         self._verb("run octo/slow main", 1, "begins when")
         waiting = self.server.target("octo/slow", "main")["waiting"]
@@ -169,7 +162,6 @@ class Down(Verbs):
         self._verb("resume octo/slow", 0)
 
     def run_and_rollback_begin_when_hookd_starts(self) -> None:
-        """And are done then."""
         self._verb("run octo/slow main", 1, "begins when")
         self._verb("rollback octo/blog main", 1, "begins when")
         expect(self._ledger() == "" and self._shown() == "three", "it ran without the daemon")
@@ -179,7 +171,6 @@ class Down(Verbs):
         expect(self._shown() == "two" and "ended run" in self._ledger(), self._ledger())
 
     def with_a_full_disk_verbs_that_read_serve_and_others_say_why(self) -> None:
-        """No traceback, nothing half done."""
         self.server.fill_disk()
         for verb in ("status", "log octo/blog main"):
             self._verb(verb, 0)
@@ -201,3 +192,53 @@ class Down(Verbs):
             self.server.write("/opt/hookd/hookd.ini", INI)
         if self.server.target("octo/slow", "main")["paused"] is not None:
             raise FailedError("the pause stayed")
+
+
+GOOD = "[octo/blog main]\ngit = git@github.com:octo/blog.git\n"
+KEY = GOOD + "deploy_key = /var/lib/hookd/octo-blog.key\n"
+
+
+class Doctor(Scene):
+    """Each check breaks one thing; the report must name it and the command that mends it."""
+
+    def setup(self) -> None:
+        self.server.install()
+        self.blog = Repository(self.server, "octo/blog")
+        self.blog.commit("main", {"page": "one"})
+        self.blog.deploy_key(self.server.type_on_server(block("deploy-key")).splitlines()[-1])
+
+    def _told(self, ini: str, *words: str, online: bool = False, code: int = 78) -> None:
+        self.server.write("/opt/hookd/hookd.ini", ini)
+        verb = "check --online" if online else "check"
+        done = self.server.run(f"python3 /opt/hookd/hookd.py {verb} 2>&1", check=False)
+        lines = [line for line in done.stdout.splitlines()
+                 if all(word.lower() in line.lower() for word in words)]
+        expect(lines, f"no line with {words} in:\n{done.stdout}")
+        expect(done.returncode == code, f"exit {done.returncode}, not {code}:\n{done.stdout}")
+        self.note(lines[0].strip())
+
+    def _place(self, directory: str, *words: str) -> None:
+        self._told(f"[octo/blog main]\ndirectory = {directory}/source\ncommand = true\n", *words)
+
+    def what_is_installed_is_healthy(self) -> None:
+        """Exit 0 and a table of the hooks; the remote answers with the README's key."""
+        expect("octo/site" in self.server.hookd("check"), "no table")
+        self._told(KEY, "octo/blog main", online=True, code=0)
+
+    def a_place_that_has_to_be_made(self) -> None:
+        """Not `chown /srv`: the folder of the site, made for hookd."""
+        self._place("/srv/site", "install -d -o hookd -g hookd /srv/site")
+        self.server.run("install -d /srv/locked/source")
+        self._place("/srv/locked", "chown", "hookd", "/srv/locked/source")
+
+    def a_place_that_the_unit_closes(self) -> None:
+        """Root could write there; the daemon cannot, whoever owns it."""
+        self.server.run("install -d -o hookd /opt/site /home/www && chmod 755 /home/www"
+                        " && install -d -o hookd /home/me/site && chmod 700 /home/me")
+        self._place("/opt/site", "ReadWritePaths=")
+        self._place("/home/www", "ProtectHome=")
+        self._place("/home/me/site", "ProtectHome=", "setfacl -m u:hookd:x /home/me")
+
+    def sudo_where_nothing_may_gain_privileges(self) -> None:
+        self._told("[octo/blog main]\ncommand = sudo systemctl restart blog\n",
+                   "warning", "sudo", "polkit", code=0)
