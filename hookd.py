@@ -716,14 +716,13 @@ def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
     A body is hashed once for each secret, HASHED_MAX bytes in all: more would let a stranger's
     25 MB cost seconds. Callers put the secret that is most likely first.
     """
-    given = SIGNATURE.fullmatch(signature)
-    digest, room = bytes.fromhex(given[1]) if given else b"", HASHED_MAX
+    room = HASHED_MAX
     for secret in secrets:
         room -= len(body)
-        if room < 0:
-            break
-        if secret and hmac.compare_digest(hmac.digest(secret, body, "sha256"), digest):
-            return secret
+        if secret and room >= 0:
+            right = f"sha256={hmac.digest(secret, body, 'sha256').hex()}"
+            if hmac.compare_digest(right.encode(), signature.encode()):
+                return secret
     raise Refusal(403, "signature does not match")
 
 
@@ -744,21 +743,19 @@ def form_payload(body: Body) -> bytes:
     return binascii.a2b_qp(text.replace(b"%", b"=").replace(b"+", b" "))
 
 
-def small_int(digits: str) -> int:
-    if len(digits) > 20:  # before Python 3.9.14, int() takes minutes for megabytes of digits
+def short_number(word: str) -> int:
+    """Read a JSON integer; refuse NaN, and what int() takes minutes for before Python 3.9.14."""
+    if len(word) > 20:
         raise ValueError("a number too long")
-    return int(digits)
-
-
-def no_number(word: str) -> float:
-    raise ValueError(f"{word} is not JSON")
+    return int(word)
 
 
 def read_payload(body: Body, form: bool) -> tuple[Body, dict[str, Any]]:
     """Return the JSON in a body and its object; depth, huge numbers and NaN are refused."""
     try:
         body = form_payload(body) if form else body
-        data = json.loads(str(body, "utf-8"), parse_int=small_int, parse_constant=no_number)
+        data = json.loads(str(body, "utf-8"), parse_int=short_number,
+                          parse_constant=short_number)
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
@@ -766,23 +763,17 @@ def read_payload(body: Body, form: bool) -> tuple[Body, dict[str, Any]]:
     return body, data
 
 
-def pick(data: Any, *names: str) -> Any:
-    """Follow names into nested objects; None where one is missing or no object."""
-    for name in names:
+def pick(data: Any, path: str) -> Any:
+    """Follow a dotted path into nested objects; None where a name is missing."""
+    for name in path.split("."):
         data = data.get(name) if isinstance(data, dict) else None
     return data
 
 
-def text_of(data: Any, *names: str, most: int = 256) -> str:
+def text_of(data: Any, path: str, most: int = 256) -> str:
     """Return a string field, cut to `most`, that a database and a log can hold."""
-    value = pick(data, *names)
+    value = pick(data, path)
     return value[:most].encode("utf-8", "replace").decode() if isinstance(value, str) else ""
-
-
-def order_of(data: Any, *names: str) -> int:
-    """Return a number that orders pushes and that a database can hold; 0 where it is none."""
-    value = pick(data, *names)
-    return value if type(value) is int and 0 < value < 2**62 else 0
 
 
 def needed(pattern: "re.Pattern[str]", text: str, name: str) -> str:
@@ -792,59 +783,54 @@ def needed(pattern: "re.Pattern[str]", text: str, name: str) -> str:
     return text
 
 
-def ref_of(prefix: str, data: Any, *names: str) -> str:
-    return needed(REF, prefix + text_of(data, *names, most=1025), "ref")
-
-
 def first_line(message: str) -> str:
     return (message.strip().splitlines() or [""])[0][:256]
 
 
-def read_push(data: Any, repo: str) -> Push:
-    ref = ref_of("", data, "ref")
-    commit = needed(COMMIT, text_of(data, "after"), "commit")
-    before = text_of(data, "before")
-    deleted = pick(data, "deleted") is True or not commit.strip("0")
-    pusher = text_of(data, "pusher", "name") or text_of(data, "sender", "login")
-    return Push("push", repo, ref, "" if deleted else commit,
-                before if COMMIT.fullmatch(before) and before.strip("0") else "", pusher,
-                first_line(text_of(data, "head_commit", "message", most=4096)), deleted,
-                order_of(data, "repository", "pushed_at"))
+class Shape(NamedTuple):
+    """Where an event has what hookd wants of it. A release names a tag and no commit."""
+
+    prefix: str  # of the ref
+    ref: str
+    commit: str
+    pusher: str
+    subject: str
+    order: str  # grows with each push, and with each run of a workflow: a slow check comes late
 
 
-def read_workflow_run(data: Any, repo: str) -> Optional[Push]:
-    """Take a workflow that succeeded for a push to this very repository, never a fork's."""
-    run = pick(data, "workflow_run")
-    good = (pick(data, "action"), pick(run, "conclusion"), pick(run, "event"))
-    home = text_of(run, "head_repository", "full_name").lower()
-    if good != ("completed", "success", "push") or home != repo.lower():
-        return None
-    ref = ref_of("refs/heads/", run, "head_branch")
-    commit = needed(COMMIT, text_of(run, "head_sha"), "commit")
-    # The id grows with each new run: the slow check of an old push comes late.
-    return Push("workflow_run", repo, ref, commit, pusher=text_of(run, "actor", "login"),
-                subject=first_line(text_of(run, "head_commit", "message", most=4096)),
-                order=order_of(run, "id"))
+SHAPES = {
+    "push": Shape("", "ref", "after", "pusher.name", "head_commit.message",
+                  "repository.pushed_at"),
+    "workflow_run": Shape("refs/heads/", "workflow_run.head_branch", "workflow_run.head_sha",
+                          "workflow_run.actor.login", "workflow_run.head_commit.message",
+                          "workflow_run.id"),
+    "release": Shape("refs/tags/", "release.tag_name", "", "release.author.login", "release.name",
+                     "release.id")}
 
 
-def read_release(data: Any, repo: str) -> Optional[Push]:
-    """Take a published release; it names a tag and no commit."""
-    if pick(data, "action") != "published":
-        return None
-    return Push("release", repo, ref_of("refs/tags/", data, "release", "tag_name"), "",
-                pusher=text_of(data, "release", "author", "login"),
-                subject=first_line(text_of(data, "release", "name")),
-                order=order_of(data, "release", "id"))
+def counts(event: str, data: Any, repo: str) -> bool:
+    """Tell whether an event can deploy; a workflow only for a push to this very repository."""
+    action, run = pick(data, "action"), pick(data, "workflow_run")
+    if event == "workflow_run":
+        good = (action, pick(run, "conclusion"), pick(run, "event"))
+        home = text_of(run, "head_repository.full_name")
+        return good == ("completed", "success", "push") and home.lower() == repo.lower()
+    return event == "push" or (event == "release" and action == "published")
 
 
-EVENTS = {"push": read_push, "workflow_run": read_workflow_run, "release": read_release}
-
-
-def pong(config: Config, repo: str, hooks: Sequence[Hook]) -> str:
-    """Answer a ping with the hooks that its secret speaks for."""
-    names = ", ".join(hook.pattern if repo else hook.section for hook in hooks[:20])
-    who = f"pong: {repo} has" if repo else "pong:"
-    return f"{who} hooks for {names}" if hooks else f"{who} no hook"
+def read_push(event: str, data: Any, repo: str) -> Push:
+    """Return the push that an event stands for; refuse what has no ref or no commit."""
+    shape, before, commit = SHAPES[event], text_of(data, "before"), ""
+    ref = needed(REF, shape.prefix + text_of(data, shape.ref, 1025), "ref")
+    if shape.commit:
+        commit = needed(COMMIT, text_of(data, shape.commit), "commit")
+    deleted = event == "push" and (pick(data, "deleted") is True or not commit.strip("0"))
+    order = pick(data, shape.order)
+    return Push(event, repo, ref, "" if deleted else commit,
+                before if COMMIT.fullmatch(before) and before.strip("0") else "",
+                text_of(data, shape.pusher) or text_of(data, "sender.login"),
+                first_line(text_of(data, shape.subject, 4096)), deleted,
+                order if type(order) is int and 0 < order < 2**62 else 0)
 
 
 def touches(patterns: Sequence[str], data: Any) -> bool:
@@ -862,9 +848,9 @@ def touches(patterns: Sequence[str], data: Any) -> bool:
 
 def passed_over(hook: Hook, push: Push, data: Any) -> str:
     """Return why a hook does not run for a push that it takes; "" where it does."""
-    if push.deleted:
+    if not push.commit:  # a deletion or a release
         return ""
-    message = pick(pick(data, "workflow_run") or data, "head_commit", "message")
+    message = pick(data, SHAPES[push.event].subject)
     words = [word for word in hook.skip if isinstance(message, str) and word in message]
     if words:
         return f"ignored: {push}: its message has {words[0]}"
@@ -889,25 +875,27 @@ def decide(config: Config, keyring: Keyring, headers: Mapping[str, str], body: B
     event, repo = headers.get("x-github-event", ""), ""
     if not event:
         raise Refusal(400, "X-GitHub-Event missing")
-    if pick(data, "repository") is not None:  # an organisation's ping has none
-        repo = needed(REPOSITORY, text_of(data, "repository", "full_name"), "repository")
+    if event in SHAPES or pick(data, "repository") is not None:  # an organisation's ping has none
+        repo = needed(REPOSITORY, text_of(data, "repository.full_name"), "repository")
     hooks = config.hooks_for(repo) if repo else list(config.hooks.values())
     mine = [hook for hook in hooks if secret in keyring.hooks[hook.section]]
     if repo and not (mine if hooks else secret in keyring.common):
         raise Refusal(403, "the secret is another repository's")
     if event == "ping":
-        return Decision(200, pong(config, repo, mine))
-    push = EVENTS[event](data, needed(REPOSITORY, repo, "repository")) if event in EVENTS else None
-    if push is None:
+        names = ", ".join(hook.pattern if repo else hook.section for hook in mine[:20])
+        found = f"hooks for {names}" if names else "no hook"
+        return Decision(200, f"pong: {repo or 'hookd'} has {found}")
+    if not counts(event, data, repo):
         return Decision(200, f"ignored: nothing to do for this {escape(event[:40])} event")
+    push = read_push(event, data, repo)
     hook = config.hook_for(push)
     if hook is None:
         return Decision(200, f"ignored: no hook for {push.place}")
-    if secret not in keyring.hooks[hook.section]:
+    if hook not in mine:
         raise Refusal(403, "the secret is another repository's")
-    workflow = [text_of(data, "workflow_run", "name"),
-                text_of(data, "workflow_run", "path").partition("@")[0].rpartition("/")[2]]
-    if hook.workflows and not set(workflow) & set(hook.workflows):
+    workflow = {text_of(data, "workflow_run.name"),
+                text_of(data, "workflow_run.path").partition("@")[0].rpartition("/")[2]}
+    if hook.workflows and not workflow & set(hook.workflows):
         return Decision(200, f"ignored: {push}: another workflow than those of its hook")
     why = passed_over(hook, push, data)
     return Decision(200 if why else 202, why, hook, push, b"" if why else payload,
