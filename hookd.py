@@ -3660,7 +3660,8 @@ class Dispatcher:
 
     def words(self, run: Run) -> str:
         """Return who and what is behind a run, for its lines in the log."""
-        pusher, subject = escape(run.push.pusher), escape(run.push.subject)
+        pusher, subject = (escape(redact(text, self.hidden))
+                           for text in (run.push.pusher, run.push.subject))
         facts = {"pusher": pusher, "subject": subject and f'"{subject}"', "cause": run.cause,
                  "delivery": escape(run.delivery)}
         return "".join(f" {name}={fact}" for name, fact in facts.items() if fact)
