@@ -22,10 +22,12 @@ import pty
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import stat
@@ -39,7 +41,7 @@ import urllib.parse
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 sys.dont_write_bytecode = True  # the folder is the administrator's: leave nothing there
@@ -532,6 +534,43 @@ class Case(unittest.TestCase):
     def repository(self, name="origin"):
         return Repository(self.home / name)
 
+    def deploying(self, command="", branch="main", **keys):
+        """Return a hook that deploys the repository `origin` into `live`."""
+        keys = {"git": self.home / "origin", "directory": self.home / "live", "catch_up": "no",
+                **keys}
+        return section(f"octo/site {branch}", command=command or NOTE, **keys)
+
+    def script(self, path, text):
+        path.write_text("#!/bin/sh\n" + text + "\n")
+        path.chmod(0o755)
+
+    def counting_git(self):
+        """Return an environment in which each call of git leaves a line in the file `calls`."""
+        programs = self.home / "bin"
+        programs.mkdir()
+        self.script(programs / "git", f'echo "$@" >> "{self.home}/calls"\n'
+                    f'exec {shutil.which("git")} "$@"')
+        return {"PATH": f"{programs}:{os.environ['PATH']}"}
+
+    def wait_for_rounds(self, daemon, rounds):
+        """Wait until the remote was asked so many times more."""
+        goal = daemon.read("calls").count("ls-remote") + rounds
+        daemon.wait(lambda: daemon.read("calls").count("ls-remote") >= goal, "catch-up")
+
+    def git_in(self, path, *words):
+        """Run git in a folder as its owner would; return what it printed."""
+        return subprocess.check_output(["git", "-C", str(path), *words], env=clean_environment(),
+                                       stderr=subprocess.STDOUT).decode().strip()
+
+    def open_to_nobody(self):
+        """Let user nobody reach the test's directory, and skip where it cannot reach Python."""
+        self.home.chmod(0o755)
+        try:
+            subprocess.run([sys.executable, str(HOOKD), "--version"], user=NOBODY, check=True,
+                           capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            self.skipTest("user nobody cannot read this Python or this folder")
+
     def assert_no_bug(self, daemon):
         self.assertNotRegex(daemon.log, "Traceback|DeprecationWarning")
 
@@ -614,6 +653,7 @@ class Configuration(Case):
         ("octo/shop f", {}, "shared", "uploads/", "releases"),
         ("octo/shop g", {}, "healthcheck", "ftp://127.0.0.1/", "http"),
         ("octo/shop h", {}, "healthcheck", "127.0.0.1:8000", "http"),
+        ("octo/shop t", {}, "healthcheck", "unix:health", "unix:"),
         ("octo/shop i", {}, "healthcheck_timeout", "soon", "'soon' 15m"),
         ("octo/shop j", {}, "report_url", "https://ci.test/{banana}", "{banana} {run}"),
         ("octo/shop k", {}, "report_api", "api.github.com", "https://"),
@@ -1032,6 +1072,8 @@ class Levels(Case):
             (("octo/site main", {"directory": "a"}), ("octo/shop dev", {"directory": "a"}), ""),
             (("octo/site main", {"directory": "a", "releases": 3}),
              ("octo/shop dev", {"directory": "a", "releases": 3}), "releases need one each"),
+            (("octo/site main", {"directory": "a", "releases": 3}),
+             ("octo/site dev", {"directory": "b/../a/", "releases": 3}), "releases need one each"),
             (("octo/site main", {"directory": "{name}", "releases": 3}),
              ("octo/site dev", {"directory": "{name}", "releases": 3}), "releases need one each"),
             (("octo/site main", {"directory": "{slug}", "releases": 3}),
@@ -3000,12 +3042,6 @@ class Runs(Case):
 class Git(Case):
     """`git = URL`: the directory is the branch's newest commit, whatever was there before."""
 
-    def deploying(self, command="", branch="main", **keys):
-        """Return a hook that deploys the repository `origin` into `live`."""
-        keys = {"git": self.home / "origin", "directory": self.home / "live", "catch_up": "no",
-                **keys}
-        return section(f"octo/site {branch}", command=command or NOTE, **keys)
-
     def deployed(self):
         """Return a repository of one commit and a daemon that has deployed it into `live`."""
         origin = self.repository()
@@ -3280,10 +3316,6 @@ class Git(Case):
                      "StrictHostKeyChecking=accept-new", "git@host.test"):
             self.assertIn(word, daemon.read("ssh").replace('"', ""))
 
-    def script(self, path, text):
-        path.write_text("#!/bin/sh\n" + text + "\n")
-        path.chmod(0o755)
-
     def test_at_start_a_commit_that_no_run_took_is_deployed(self):
         origin = self.repository()
         commits = [origin.commit(page="missed")]
@@ -3312,19 +3344,6 @@ class Git(Case):
         daemon.wait(other.exists, "the other hook to catch up")
         daemon.settle()
         self.assertEqual(daemon.targets().keys(), {("octo/other", "main")})
-
-    def counting_git(self):
-        """Return an environment in which each call of git leaves a line in the file `calls`."""
-        programs = self.home / "bin"
-        programs.mkdir()
-        self.script(programs / "git", f'echo "$@" >> "{self.home}/calls"\n'
-                    f'exec {shutil.which("git")} "$@"')
-        return {"PATH": f"{programs}:{os.environ['PATH']}"}
-
-    def wait_for_rounds(self, daemon, rounds):
-        """Wait until the remote was asked so many times more."""
-        goal = daemon.read("calls").count("ls-remote") + rounds
-        daemon.wait(lambda: daemon.read("calls").count("ls-remote") >= goal, "catch-up")
 
     def test_a_commit_that_failed_is_not_tried_again_and_again(self):
         origin = self.repository()
@@ -3384,6 +3403,1160 @@ def http_server(status, headers):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+# ---------------------------------------------------------------- Releases
+
+BUILD = """\
+mkdir -p public
+cat page > public/a
+{}
+for name in b c d; do cat page > "public/$name"; done
+"""
+
+READER = """
+import os, sys
+current, end = sys.argv[1:]
+count, pages = 0, []
+while not os.path.exists(end):
+    folder = os.open(current, os.O_RDONLY | os.O_DIRECTORY)
+    texts = set()
+    try:
+        for name in "abcd":
+            file = os.open("public/" + name, os.O_RDONLY, dir_fd=folder)
+            texts.add(os.read(file, 1000).decode().strip())
+            os.close(file)
+    except FileNotFoundError:  # fine for a reader that slept until all this was history
+        if os.path.samestat(os.stat(current), os.fstat(folder)):
+            raise
+    os.close(folder)
+    if len(texts) > 1:
+        sys.exit(f"read {count} of {current} was torn: {texts}")
+    count += 1
+    pages += texts - set(pages)
+print(count, *pages)
+"""  # a reader of `current` in a loop, as a web server is one
+
+STEPS = """
+import itertools, os, sys, time
+
+HOME, numbers = os.environ["HOME"], itertools.count(1)
+EVENTS = ("os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink",
+          "shutil.copytree", "shutil.rmtree", "subprocess.Popen")
+
+
+def step(event, arguments):
+    if event in EVENTS and HOME + "/live" in repr(arguments[:3]):
+        if os.path.exists(HOME + "/stop-at"):
+            with open(HOME + "/stop-at") as file:
+                wanted = int(file.read())
+            if next(numbers) == wanted:
+                with open(HOME + "/held", "w") as file:
+                    file.write(event)
+                while True:
+                    time.sleep(60)
+
+
+sys.addaudithook(step)
+"""  # a sitecustomize.py: holds the daemon before the Nth change that it makes in `live`
+
+SYNCS = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static void note(const char *what, int fd, const char *name)
+{
+    char link[64], path[4096] = "", line[9000];
+    if (fd >= 0) {
+        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+        ssize_t size = readlink(link, path, sizeof path - 1);
+        path[size < 0 ? 0 : size] = 0;
+    }
+    snprintf(line, sizeof line, "%s/calls", getenv("HOME"));
+    int file = open(line, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    int size = snprintf(line, sizeof line, "%s %s\n", what, name ? name : path);
+    if (file < 0 || write(file, line, size) != size) abort();
+    close(file);
+}
+
+#define REAL(name) ((__typeof__(&name)) dlsym(RTLD_NEXT, #name))
+int fsync(int fd) { note("fsync", fd, 0); return REAL(fsync)(fd); }
+int fdatasync(int fd) { note("fsync", fd, 0); return REAL(fdatasync)(fd); }
+int syncfs(int fd) { note("sync", fd, 0); return REAL(syncfs)(fd); }
+void sync(void) { note("sync", -1, "/"); REAL(sync)(); }
+int rename(const char *a, const char *b) { note("rename", -1, b); return REAL(rename)(a, b); }
+int renameat(int c, const char *a, int d, const char *b)
+{ note("rename", -1, b); return REAL(renameat)(c, a, d, b); }
+"""  # a library to preload: notes what is synced and renamed, and does it
+
+
+class Probe:
+    """The site's own HTTP server: how it answers, the page that is live decides.
+
+    `sick`: 503; `moved`: a redirect to what is fine; `late`: 503 twice, then 200; `slow`: nothing
+    until `let_go`; any other: 200. `asked` has the path and the page of each request, `times`
+    when it came, `left` how long a client waited before it gave up.
+    """
+
+    def __init__(self, page, address=("127.0.0.1", 0), context=None):
+        self.page, self.asked, self.times, self.left = page, [], [], []
+        self.let_go = threading.Event()
+        family = UnixServer if isinstance(address, str) else ThreadingHTTPServer
+        self.server = family(address, self.handler())
+        self.server.daemon_threads = True
+        if context:
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+        self.port = None if isinstance(address, str) else self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    def handler(probe):  # noqa: N805 (the handler inside has the name `self`)
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                page = probe.page.read_text().strip()
+                probe.asked.append((self.path, page))
+                came = time.monotonic()
+                probe.times.append(came)
+                late = page == "late" and probe.pages().count("late") <= 2
+                while page == "slow" and not probe.let_go.wait(0.02):
+                    if select.select([self.connection], [], [], 0)[0]:  # closed
+                        probe.left.append(time.monotonic() - came)
+                        return
+                moved = page == "moved" and self.path != "/fine"
+                with suppress(OSError):  # hookd may have given up
+                    self.send_response(503 if late or page == "sick" else 302 if moved else 200)
+                    self.send_header("Location", "/fine")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+
+            def log_message(self, *words):
+                """Print nothing."""
+
+        return Handler
+
+    def pages(self):
+        return [page for _, page in self.asked]
+
+    def url(self, path="/health"):
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    def close(self):
+        self.let_go.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+class UnixServer(ThreadingHTTPServer):
+    """An HTTP server on a unix socket."""
+
+    address_family = socket.AF_UNIX
+
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's own wants a host and a port
+
+
+class Site(Case):
+    """A site made of releases: a build writes four files that must agree, scripts leave a trace.
+
+    Each commit brings its own scripts `build` and `activate`, so that a commit can fail, hang or
+    wait for the gate. `trace` has "build PAGE" and "activate PAGE" for each that began.
+    """
+
+    def site(self, *more, variables=None, keep=50, **keys):
+        """Return a daemon whose hook deploys `origin` into `live`."""
+        self.origin = self.repository()
+        self.live = self.home / "live"
+        self.clock = itertools.count(int(time.time()))
+        self.more, self.keep, self.keys = more, keep, keys
+        self.daemon = self.prepare(self.hook(), *more, variables=variables, keep=keep)
+        os.chown(self.daemon.ini, self.home.stat().st_uid, self.home.stat().st_gid)
+        return self.daemon.start()
+
+    def hook(self, branch="main", **keys):
+        """Return the section of a hook that makes releases; `keys` change it, None removes."""
+        return section(f"octo/site {branch}", without_none({
+            "git": self.home / "origin", "directory": self.home / "live", "releases": 3,
+            "catch_up": "no", "healthcheck_timeout": "1s" if "healthcheck" in self.keys else None,
+            "command": 'echo "build $(cat page)" >> "$HOME/trace"\n. ./build',
+            "activate": 'echo "activate $(cat page)" >> "$HOME/trace"\n. ./activate',
+            **self.keys, **keys}))
+
+    def change(self, **keys):
+        """Stop the daemon and start it with other keys of the hook."""
+        self.daemon.stop()
+        self.keys.update(keys)
+        self.daemon.configure(self.ini(self.hook(), *self.more, keep=self.keep))
+        self.daemon.start()
+
+    def probe(self, *arguments, page="live/current/page"):
+        probe = Probe(self.home / page, *arguments)
+        self.addCleanup(probe.close)
+        return probe
+
+    def commit(self, page, build="", activate="", **files):
+        return self.origin.commit(page=f"{page}\n", build=BUILD.format(build),
+                                  activate=f"{activate}\n", **files)
+
+    def push(self, commit, branch="main", **fields):
+        """Push a commit to the daemon; return the number of its run."""
+        answer = self.daemon.push(branch, commit,
+                                  repository=repository_of(pushed_at=next(self.clock)), **fields)
+        self.assert_answer(answer, 202)
+        return int(re.search(r"run (\d+)", answer.text).group(1))
+
+    def begin(self, page, **scripts):
+        """Commit and push; return the number of the run."""
+        return self.push(self.commit(page, **scripts))
+
+    def deploy(self, page, state="ok", **scripts):
+        """Commit and push, and wait until the run has ended in a state; return the commit."""
+        commit = self.commit(page, **scripts)
+        self.ends(self.push(commit), state)
+        return commit
+
+    def ends(self, run, state="ok"):
+        """Wait until a run has ended, and insist on how."""
+        ended = self.daemon.wait(
+            lambda: {**self.daemon.states()}.get(run, "queued") not in ("queued", "running")
+            and self.daemon.states()[run], f"run {run} to end")
+        self.assertEqual(ended, state, self.daemon.output(run))
+
+    def roll_back(self, *goal, code=0):
+        """Roll back, wait until the run has ended; return what the verb said."""
+        done = self.daemon.hookd("rollback", "octo/site", "main", *goal)
+        self.daemon.settle()
+        self.assertEqual(done.code, code, done)
+        return done
+
+    def reaches(self, line, times=1):
+        """Wait until a script of a page has begun, so many times."""
+        self.daemon.wait(lambda: self.trace().count(line) >= times, f"{line!r} in the trace")
+
+    def trace(self):
+        return self.daemon.read("trace").splitlines()
+
+    def released(self):
+        """Return the names of the releases on disk, oldest first."""
+        names = os.listdir(self.live / "releases")
+        return sorted(names, key=lambda name: [int(one) for one in re.findall(r"\d+", name)])
+
+    def pages(self, release):
+        """Return the texts of the four files of a release: one, if it is whole."""
+        return {(release / "public" / name).read_text().strip() for name in "abcd"}
+
+    def assert_stands(self, release, page):
+        """Check which release is live, that it is whole, and its page."""
+        self.assertEqual((os.readlink(self.live / "current"), self.pages(self.live / "current")),
+                         (f"releases/{release}", {page}))
+
+    def assert_only_ours(self):
+        """Check that the directory holds what the contract names, and nothing half done."""
+        self.assertLessEqual(set(os.listdir(self.live)), {"repo", "releases", "shared", "current"})
+
+    def held(self):
+        """Return the commits that `repo` holds for runs: {run: commit}."""
+        told = self.git_in(self.live / "repo", "for-each-ref", "--sort=version:refname",
+                           "--format=%(refname:lstrip=2) %(objectname)", "refs/hookd")
+        return {run: commit for run, commit in map(str.split, told.splitlines()) if run.isdigit()}
+
+    def resume(self):
+        self.assertEqual(self.daemon.hookd("resume", "octo/site", "main").code, 0)
+
+    def note(self, run):
+        """Return the note of a run, as the history has it."""
+        told = self.daemon.hookd("status", "octo/site", "main", "--json")
+        return next(one["note"] for one in json.loads(told.out) if one["run"] == run) or ""
+
+    def told(self, run):
+        """Return what is said of a run that failed, in one line each: {where: text}."""
+        end = self.daemon.wait_for_log(rf"run {run} (failed|timeout|cancelled|interrupted).*")
+        return {"note": self.note(run), "log": end.group(), "output": self.daemon.output(run),
+                "summary": self.daemon.read(f"summary.{run}")}
+
+    def assert_told(self, run, stands, words="release 1 stands|release 1, which stands"):
+        """Check that note, log, output and summary of a run say what stands, and `status` which."""
+        for place, text in self.told(run).items():
+            with self.subTest(place):
+                self.assertRegex(text, words)
+        self.assertIn(stands[:7], self.daemon.hookd("status", "octo/site", "main").out)
+
+
+SUMMARY = 'echo "$HOOKD_SUMMARY" > "$HOME/summary.$HOOKD_RUN"'  # an on_failure
+
+
+class Releases(Site):
+    """`releases = N`: built beside, switched at once; what is in the directory, what is kept."""
+
+    def test_a_release_is_a_whole_checkout_behind_a_relative_link(self):
+        daemon = self.site()
+        one = self.deploy("one")
+        two = self.deploy("two")
+        self.assert_stands(2, "two")
+        self.assertEqual(self.released(), ["1", "2"])
+        self.assert_only_ours()
+        for number, commits in (("1", [one]), ("2", [two, one])):
+            log = self.git_in(self.live / "releases" / number, "log", "--format=%H")
+            self.assertEqual(log.split(), commits)
+        target = daemon.targets()["octo/site", "main"]
+        self.assertEqual((target["state"], target["commit"], target["last_good"]), ("ok", two, two))
+
+    def test_scripts_find_the_paths_of_the_release_and_of_current(self):
+        tell = 'echo "$HOOKD_RELEASE $HOOKD_CURRENT $(pwd -P) $(readlink "$HOOKD_CURRENT")"'
+        self.site(command=f'. ./build\n{tell} >> "$HOME/command"',
+                  activate=f'{tell} >> "$HOME/activate"',
+                  on_success=f'{tell} > "$HOME/on.$HOOKD_RUN"')
+        self.deploy("one")
+        self.deploy("two")
+        release, current = self.live / "releases/2", self.live / "current"
+        self.assertEqual(self.daemon.read("command").splitlines()[1],
+                         f"{release} {current} {release} releases/1")
+        self.assertEqual(self.daemon.read("activate").splitlines()[1],
+                         f"{release} {current} {release} releases/2")
+        self.assertEqual(self.daemon.wait_for("on.2").split()[:2], [str(release), str(current)])
+
+    def test_nothing_is_switched_before_the_command_is_through(self):
+        self.site()
+        self.deploy("one")
+        run = self.begin("two", build=GATE)
+        self.reaches("build two")
+        self.assert_stands(1, "one")
+        self.daemon.open_gate()
+        self.ends(run)
+        self.assert_stands(2, "two")
+        self.deploy("three", "failed", build="exit 4")
+        self.assert_stands(2, "two")
+        self.assertEqual(self.trace()[-2:], ["activate two", "build three"])
+        target = self.daemon.targets()["octo/site", "main"]
+        self.assertEqual((target["state"], target["exit"]), ("failed", 4))
+
+    def test_a_reader_finds_a_whole_release_at_any_instant(self):
+        probe = self.probe()
+        self.site(healthcheck=probe.url(), releases=2)
+        self.deploy("one")
+        reader = subprocess.Popen(
+            [sys.executable, "-c", READER, self.live / "current", self.home / "end"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.addCleanup(reader.stdout.close)
+        self.addCleanup(reader.wait)
+        self.addCleanup(reader.kill)
+        self.deploy("two")
+        self.deploy("three", "failed", build="exit 1")
+        self.deploy("four", "failed", activate="exit 1")
+        self.deploy("sick", "failed")
+        for page, stage in (("five", "build"), ("six", "activate")):
+            run = self.begin(page, **{stage: GATE})
+            self.reaches(f"{stage} {page}")
+            self.daemon.kill()
+            self.daemon.open_gate()
+            self.daemon.start()
+            self.ends(run)
+            (self.home / "gate").unlink()
+        self.roll_back()
+        self.assertEqual(self.pages(self.live / "current"), {"five"})
+        (self.home / "end").touch()
+        told = reader.communicate()[0].decode()
+        self.assertEqual(reader.returncode, 0, told)
+        count, *pages = told.split()
+        self.assertGreater(int(count), 100)
+        self.assertEqual([page for page in pages if page not in ("one", "four")],
+                         ["two", "sick", "five", "six"])
+
+    def test_a_disk_that_is_full_for_a_while_costs_nothing_that_is_live(self):
+        daemon = self.site()
+        self.deploy("one")
+        hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (16 << 20, hard))
+        self.deploy("two", "failed", large="\0" * (17 << 20))
+        self.deploy("three", "failed", large="", build="head -c 17000000 /dev/zero > large")
+        self.assert_stands(1, "one")
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        self.deploy("four")
+        self.assert_stands(4, "four")
+        self.assert_only_ours()
+
+    @unittest.skipUnless(shutil.which("cc"), "no C compiler")
+    def test_a_release_is_on_disk_before_the_switch_and_the_switch_before_activate(self):
+        library = self.home / "syncs.so"
+        (self.home / "syncs.c").write_text(SYNCS)
+        subprocess.run(["cc", "-shared", "-fPIC", "-w", "-o", library, self.home / "syncs.c",
+                        "-ldl"], check=True)
+        self.site(variables={"LD_PRELOAD": str(library)},
+                  activate='cp "$HOME/calls" "$HOME/calls.then"')
+        self.deploy("one")
+        calls = [line.split(" ", 1) for line in self.daemon.read("calls.then").splitlines()]
+        (switch,) = [number for number, (what, path) in enumerate(calls)
+                     if what == "rename" and path.rpartition("/")[2] == "current"]
+        before, after = calls[:switch], calls[switch:]
+        synced = {path for what, path in before if what == "fsync"}
+        files = {str(path) for path in (self.live / "releases/1").rglob("*") if path.is_file()}
+        self.assertTrue([one for one in before if one[0] == "sync"] or files <= synced, calls)
+        self.assertIn(["fsync", str(self.live)], after)
+
+    def test_the_newest_good_ones_are_kept_and_the_newest_failed_one(self):
+        self.site(releases=2)
+        for page in ("one", "two", "three"):
+            self.deploy(page)
+        self.assertEqual(self.released(), ["2", "3"])
+        self.deploy("four", "failed", build="exit 1")
+        self.deploy("five", "failed", activate="exit 1")
+        self.assertEqual(self.released(), ["2", "3", "5"])
+        self.deploy("six")
+        self.assertEqual(self.released(), ["3", "5", "6"])
+
+    def test_the_live_one_and_the_one_that_was_live_before_are_always_kept(self):
+        self.site(releases=2)
+        for page in ("one", "two", "three"):
+            self.deploy(page)
+        self.roll_back()
+        self.resume()
+        self.deploy("four", "failed", build="exit 1")
+        self.assertEqual(self.released(), ["2", "3", "5"])
+        self.assert_stands(2, "two")
+        self.deploy("five")
+        self.assertLessEqual({"2", "6"}, set(self.released()))
+        self.assert_stands(6, "five")
+
+    def test_nothing_is_removed_before_the_new_one_is_through(self):
+        self.site(releases=2)
+        self.deploy("one")
+        self.deploy("two")
+        run = self.begin("three", activate=GATE)
+        self.reaches("activate three")
+        self.assertEqual(self.released(), ["1", "2", "3"])
+        self.daemon.open_gate()
+        self.ends(run)
+        self.assertEqual(self.released(), ["2", "3"])
+
+    def test_what_hookd_did_not_make_is_never_removed(self):
+        self.site(releases=2)
+        self.deploy("one")
+        names = ("own", "releases/3", "releases/77", "releases/mine", "releases/1.old")
+        for name in names:
+            (self.live / name).mkdir()
+            (self.live / name / "precious").write_text("mine")
+        (self.live / "releases/note").write_text("mine")
+        os.symlink("1", self.live / "releases/stable")
+        self.deploy("two")
+        self.deploy("three", "failed", build="exit 1")
+        self.assertEqual(len(self.released()), 9)
+        for page in ("four", "five", "six"):
+            self.deploy(page, "ok" if page != "five" else "failed", build=f"[ {page} != five ]")
+        self.assertEqual(set(self.released()),
+                         {"3", "4", "5", "6", "77", "mine", "1.old", "note", "stable"})
+        for name in names:
+            self.assertEqual((self.live / name / "precious").read_text(), "mine")
+
+    def test_a_release_that_its_build_made_read_only_goes_too(self):
+        if os.geteuid() == 0:  # whom no mode stops: hookd becomes the owner of its state
+            self.open_to_nobody()
+            for path in (self.home, self.home / "state"):
+                path.mkdir(exist_ok=True)
+                os.chown(path, NOBODY, NOBODY)
+            (self.home / ".gitconfig").write_text("[safe]\n\tdirectory = *\n")
+        self.site(releases=2, environment=f"HOME={self.home}")
+        for page in ("one", "two", "three"):
+            self.deploy(page, build="mkdir -p cache/deep\ntouch cache/deep/a\nchmod -R a-w cache")
+        self.assertEqual(self.released(), ["2", "3"])
+
+    def test_releases_go_although_their_runs_are_forgotten(self):
+        self.site(keep=1)
+        for number in range(1, 6):
+            self.deploy(f"page-{number}")
+        self.assertEqual(self.released(), ["3", "4", "5"])
+
+    def test_a_current_that_is_no_link_fails_the_run_at_once(self):
+        self.site()
+        (self.live / "current").mkdir(parents=True)
+        (self.live / "current/precious").write_text("mine")
+        self.deploy("one", "failed")
+        self.assertEqual(self.trace(), [])
+        self.assertEqual(os.listdir(self.live / "current"), ["precious"])
+        self.assertIn(str(self.live / "current"), self.daemon.output(1))
+        self.assertIn("current", self.note(1))
+
+    def test_the_commits_of_kept_runs_are_held_whatever_is_forced(self):
+        self.site(releases=2)
+        commits = {"one": self.deploy("one"), "two": self.deploy("two")}
+        self.deploy("three", "failed", build="exit 1")
+        self.origin.git("reset", "-q", "--hard", commits["one"])
+        for page in ("four", "five"):
+            commits[page] = self.deploy(page)
+        for path in (self.origin.path, self.live / "repo"):
+            self.git_in(path, "reflog", "expire", "--expire=now", "--all")
+            self.git_in(path, "gc", "-q", "--prune=now")
+        with self.assertRaises(AssertionError):
+            self.origin.git("cat-file", "-e", commits["two"])
+        self.assertEqual(self.held(), dict(zip("1245", commits.values())))
+        self.roll_back(commits["two"])
+        self.assertEqual(self.pages(self.live / "current"), {"two"})
+        self.assertEqual(self.trace()[-2:], ["build two", "activate two"])
+
+    def test_a_run_that_is_forgotten_no_longer_holds_its_commit(self):
+        self.site(keep=2)
+        for number in range(1, 5):
+            self.deploy(f"page-{number}")
+        self.assertEqual(list(self.held())[-2:], ["3", "4"])
+        self.assertNotIn("1", self.held())
+
+    def test_a_clean_up_of_the_clone_by_hand_harms_no_run(self):
+        self.site()
+        self.deploy("one")
+        self.git_in(self.live / "repo", "gc", "-q", "--prune=now")
+        self.assertEqual(self.daemon.hookd("run", "octo/site", "main").code, 0)
+        self.assert_stands(2, "one")
+        self.assertEqual(list(self.held()), ["1", "2"])
+
+    def test_objects_are_not_copied_into_releases(self):
+        self.with_library()
+        for name in ("origin", "library"):
+            (self.home / name / "large").write_bytes(os.urandom(1 << 20))
+        self.library.commit(code="one")
+        self.origin.git("-C", "lib", "pull", "-q")
+        for page in ("one", "two", "three"):
+            self.deploy(page)
+        objects = {(one.stat().st_dev, one.stat().st_ino): one.stat().st_size
+                   for one in self.live.rglob("*")
+                   if "objects" in one.relative_to(self.live).parts and one.is_file()}
+        self.assertTrue(2 << 20 < sum(objects.values()) < 3 << 20, sum(objects.values()))
+
+    def with_library(self):
+        """Serve a site that has a library as a submodule."""
+        (self.home / ".gitconfig").write_text("[protocol \"file\"]\n\tallow = always\n")
+        self.library = self.repository("library")
+        self.library.commit(code="of the library")
+        self.site()
+        self.origin.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add",
+                        str(self.home / "library"), "lib")
+
+    def test_submodules_come_along_and_are_fetched_once(self):
+        self.with_library()
+        self.deploy("one")
+        self.library.commit(code="newer")
+        self.origin.git("-C", "lib", "pull", "-q")
+        self.deploy("two")
+        codes = [self.daemon.read(f"live/releases/{number}/lib/code") for number in (1, 2)]
+        self.assertEqual(codes, ["of the library", "newer"])
+        self.library.path.rename(self.home / "gone")
+        self.deploy("three")
+        self.assertEqual(self.daemon.read("live/current/lib/code"), "newer")
+
+    def test_a_release_has_every_file_of_the_commit_as_it_is(self):
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 9\n"
+        self.site()
+        commit = self.deploy("one", **{
+            ".gitattributes": "left export-ignore\nwhen export-subst\n*.bin filter=lfs -text\n",
+            "left": "here", "when": "$Format:%H$", "image.bin": pointer})
+        self.assertEqual(len(commit), 40)
+        texts = [self.daemon.read(f"live/current/{name}") for name in ("left", "when", "image.bin")]
+        self.assertEqual(texts, ["here", "$Format:%H$", pointer])
+
+    def test_a_branch_of_any_name_has_its_releases(self):
+        self.site(self.hook_of_all())
+        for branch in ('a"b;$(touch${IFS}owned)`id`', "-rf", "日本/-b"):
+            with self.subTest(branch):
+                commit = self.commit(branch)
+                self.origin.git("update-ref", f"refs/heads/{branch}", commit)
+                run = self.push(commit, branch)
+                self.ends(run)
+                slug = self.daemon.targets()["octo/site", branch]["directory"]
+                self.assertEqual(self.pages(Path(slug) / "current"), {branch})
+                self.assertEqual(os.readlink(Path(slug) / "current"), f"releases/{run}")
+        self.assertEqual(list(self.home.rglob("owned")), [])
+
+    def hook_of_all(self):
+        self.keys = {}
+        return self.hook("*", directory=self.home / "branches/{slug}")
+
+    def test_tags_of_one_pattern_are_releases_of_one_directory(self):
+        self.keys = {}
+        self.site(self.hook("refs/tags/v*", directory=self.home / "tags", releases=2))
+        for number, tag in enumerate(("v1", "v2", "v3"), 1):
+            commit = self.commit(tag)
+            self.origin.git("tag", tag)
+            self.ends(self.push(commit, tag, ref=f"refs/tags/{tag}"))
+            self.assertEqual(os.readlink(self.home / "tags/current"), f"releases/{number}")
+        self.assertEqual(sorted(os.listdir(self.home / "tags/releases")), ["2", "3"])
+
+
+class WayBack(Site):
+    """Whatever ends badly after the switch goes back to the release before, and says so."""
+
+    def switched(self, activate=GATE, page="two", **keys):
+        """Serve a site with a release; return the commit and the run that now activates `page`."""
+        self.site(on_failure=SUMMARY, **keys)
+        one = self.deploy("one")
+        run = self.begin(page, activate=activate)
+        self.reaches(f"activate {page}")
+        return one, run
+
+    def assert_went_back(self, run, one):
+        """Check that release 1 stands again, that it was activated, and that all say so."""
+        self.assert_stands(1, "one")
+        self.assertEqual(self.trace(), ["build one", "activate one", "build two", "activate two",
+                                        "activate one"])
+        self.assert_told(run, one)
+        self.assertEqual(self.daemon.targets()["octo/site", "main"]["last_good"], one)
+
+    def test_an_activate_that_fails(self):
+        one, run = self.switched("exit 3")
+        self.ends(run, "failed")
+        self.assert_went_back(run, one)
+        self.assertEqual(self.released(), ["1", "2"])
+        self.deploy("three")
+        self.assert_stands(3, "three")
+
+    def test_scripts_on_the_way_back_find_the_release_that_they_activate(self):
+        self.site(activate='echo "$HOOKD_RELEASE $HOOKD_COMMIT" >> "$HOME/found"\n. ./activate')
+        one = self.deploy("one")
+        self.deploy("two", "failed", activate="exit 1")
+        found = self.daemon.read("found").splitlines()
+        self.assertEqual(found[2], f"{self.live}/releases/1 {one}")
+
+    def test_a_healthcheck_that_is_not_answered_in_time(self):
+        probe = self.probe()
+        self.site(healthcheck=probe.url(), on_failure=SUMMARY)
+        one = self.deploy("one")
+        self.deploy("sick", "failed")
+        self.assert_stands(1, "one")
+        self.assert_told(2, one)
+        self.assertEqual(self.trace()[-2:], ["activate sick", "activate one"])
+        asked = probe.pages()
+        self.assertEqual((asked[0], set(asked[1:-1]), asked[-1]), ("one", {"sick"}, "one"))
+        self.assertIn("503", self.daemon.output(2))
+
+    def test_a_timeout(self):
+        one, run = self.switched("exec sleep 300", timeout="3s")
+        self.ends(run, "timeout")
+        self.assert_went_back(run, one)
+
+    def test_a_cancel(self):
+        _, run = self.switched()
+        self.assertEqual(self.pages(self.live / "current"), {"two"})
+        self.assertEqual(self.daemon.hookd("cancel", str(run)).code, 0)
+        self.ends(run, "cancelled")
+        self.assert_stands(1, "one")
+        self.assertEqual(self.trace()[-2:], ["activate two", "activate one"])
+        for text in (self.note(run), self.daemon.output(run)):
+            self.assertIn("went back to release 1, which stands", text)
+        self.assertEqual(self.daemon.read(f"summary.{run}"), "")
+
+    def test_a_cancel_of_a_build_leaves_nothing_behind(self):
+        self.site()
+        self.deploy("one")
+        run = self.begin("two", build=GATE)
+        self.reaches("build two")
+        self.assertEqual(self.daemon.hookd("cancel", str(run)).code, 0)
+        self.ends(run, "cancelled")
+        self.assertEqual(self.released(), ["1"])
+        self.assertIn("release 1 stands", self.note(run))
+
+    def test_a_cancel_while_its_health_is_asked(self):
+        probe = self.probe()
+        _, run = self.switched("", "slow", healthcheck=probe.url(), healthcheck_timeout="60s")
+        self.daemon.wait(lambda: "slow" in probe.pages(), "a question for the health")
+        self.assertEqual(self.daemon.hookd("cancel", "octo/site", "main").code, 0)
+        self.ends(run, "cancelled")
+        self.assert_stands(1, "one")
+        self.assertEqual(probe.pages()[-1], "one")
+
+    def test_a_newer_push_that_replaces_it(self):
+        _, run = self.switched(queue="replace")
+        self.deploy("three")
+        self.ends(run, "cancelled")
+        self.assertEqual(self.trace()[3:], ["activate two", "activate one", "build three",
+                                            "activate three"])
+        self.assert_stands(3, "three")
+
+    def test_a_stop(self):
+        _, run = self.switched()
+        self.daemon.tell(signal.SIGTERM)
+        self.daemon.wait_for_log("stopping after 1 running command")
+        self.daemon.tell(signal.SIGTERM)
+        self.assertEqual(self.daemon.ended(), 0)
+        self.assert_stands(1, "one")
+        self.assertEqual(self.daemon.descendants(), [])
+        self.assertEqual(self.daemon.states()[run], "queued")
+        self.daemon.open_gate()
+        self.daemon.start()
+        self.ends(run)
+        self.assert_stands(f"{run}-2", "two")
+        self.assertEqual(self.trace()[3:], ["activate two", "activate one", "build two",
+                                            "activate two"])
+
+    def test_with_nothing_to_go_back_to_current_stays_and_that_is_said(self):
+        self.site(on_failure=SUMMARY)
+        self.deploy("one", "failed", activate="exit 1")
+        self.assert_stands(1, "one")
+        self.assert_told(1, "", "nothing to go back to, release 1 stays")
+        self.deploy("two", "failed", build="exit 1")
+        self.assert_stands(1, "one")
+        self.deploy("three")
+        self.assert_stands(3, "three")
+
+    def test_a_release_whose_history_is_lost_is_gone_back_to(self):
+        self.site()
+        self.deploy("one")
+        self.daemon.stop()
+        for path in self.daemon.state.glob("hookd.db*"):
+            path.unlink()
+        self.daemon.start()
+        self.deploy("two", "failed", activate="exit 1")
+        self.assert_stands(1, "one")
+        self.assertIn("went back to release 1, which stands",
+                      self.note(max(self.daemon.states())))
+        self.begin("three", activate=GATE)
+        self.reaches("activate three")
+        self.daemon.kill()
+        self.assertEqual(self.pages(self.live / "current"), {"three"})
+        self.daemon.start()
+        self.reaches("activate one", 3)
+        self.assert_stands(1, "one")
+
+    def test_a_way_back_that_fails_too_is_said_and_ends_there(self):
+        self.site(on_failure=SUMMARY)
+        one = self.deploy("one", activate='[ ! -e "$HOME/broken" ]')
+        (self.home / "broken").touch()
+        self.deploy("two", "failed", activate="exit 1")
+        self.assert_stands(1, "one")
+        self.assertEqual(self.trace()[-2:], ["activate two", "activate one"])
+        self.assert_told(2, one, "went back to release 1, but activate exited with 1; it stays")
+
+    def test_a_rollback_that_fails_goes_back_to_the_newer_one(self):
+        self.site()
+        self.deploy("one", activate='[ ! -e "$HOME/broken" ]')
+        self.deploy("two")
+        (self.home / "broken").touch()
+        self.roll_back(code=1)
+        self.assertEqual(self.daemon.states()[3], "failed")
+        self.assert_stands(2, "two")
+        self.assertEqual(self.trace()[-2:], ["activate one", "activate two"])
+        self.assertIsNone(self.daemon.targets()["octo/site", "main"]["paused"])
+
+
+class RollbackOfReleases(Site):
+    """`rollback` with releases: a switch where the release is kept, else a build."""
+
+    def test_to_a_kept_release_it_needs_neither_git_nor_command(self):
+        daemon = self.site(variables=self.counting_git(),
+                           activate='echo "activate $(cat page)" >> "$HOME/trace"\n'
+                                    'cp "$HOME/calls" "$HOME/calls.then"')
+        one = self.deploy("one")
+        self.deploy("two")
+        before = daemon.read("calls")
+        self.assertIn("fetch", before)
+        shutil.rmtree(self.origin.path)
+        said = self.roll_back().out
+        self.assertIn(one[:7], said)
+        self.assert_stands(1, "one")
+        self.assertEqual(daemon.read("calls.then"), before)
+        self.assertNotIn("fetch", daemon.read("calls")[len(before):])
+        self.assertEqual(self.trace()[-2:], ["activate two", "activate one"])
+        self.assertEqual(self.released(), ["1", "2"])
+        target = daemon.targets()["octo/site", "main"]
+        self.assertEqual((target["state"], target["cause"], target["commit"]),
+                         ("ok", "rollback", one))
+
+    def test_to_one_that_is_gone_it_is_built_anew(self):
+        self.site(releases=2)
+        one = self.deploy("one")
+        for page in ("two", "three"):
+            self.deploy(page)
+        self.assertEqual(self.released(), ["2", "3"])
+        self.roll_back(one)
+        self.assert_stands(4, "one")
+        self.assertEqual(self.trace()[-2:], ["build one", "activate one"])
+
+    def test_twice_is_two_back_and_a_push_goes_on_from_there(self):
+        self.site()
+        for page in ("one", "two", "three"):
+            self.deploy(page)
+        for page, release in (("two", 2), ("one", 1)):
+            self.roll_back()
+            self.assert_stands(release, page)
+        self.roll_back(code=1)
+        self.assert_stands(1, "one")
+        self.resume()
+        self.deploy("four")
+        self.assertEqual(self.pages(self.live / "current"), {"four"})
+
+    def test_after_a_failure_it_is_back_to_what_stands(self):
+        self.site()
+        self.deploy("one")
+        self.deploy("two")
+        self.deploy("three", "failed", build="exit 1")
+        self.roll_back()
+        self.assert_stands(2, "two")
+        self.assertEqual(self.trace()[-2:], ["build three", "activate two"])
+
+    def test_it_asks_for_the_health_of_what_it_brings_back(self):
+        probe = self.probe()
+        self.site(healthcheck=probe.url())
+        self.deploy("one")
+        self.deploy("two")
+        self.roll_back()
+        self.assertEqual(probe.pages(), ["one", "two", "one"])
+
+
+class CutOff(Site):
+    """A crash at any step of a run: no half release, `current` whole, the push deployed."""
+
+    def cut_off(self, stage="activate", page="two", **scripts):
+        """Kill the daemon while the second release is at a stage; return its run."""
+        self.site(on_failure=SUMMARY)
+        self.deploy("one")
+        run = self.begin(page, **(scripts or {stage: GATE}))
+        self.reaches(f"{stage} {page}")
+        self.daemon.kill()
+        return run
+
+    def test_a_build_leaves_nothing_and_begins_again_under_another_name(self):
+        run = self.cut_off("build")
+        self.assert_stands(1, "one")
+        self.daemon.open_gate()
+        self.daemon.start()
+        self.ends(run)
+        self.assertEqual(self.released(), ["1", "2-2"])
+        self.assert_stands("2-2", "two")
+        self.assert_only_ours()
+
+    def test_after_the_switch_the_way_back_is_the_first_thing_done(self):
+        run = self.cut_off()
+        self.assertEqual(self.pages(self.live / "current"), {"two"})
+        self.daemon.open_gate()
+        self.daemon.start()
+        self.ends(run)
+        self.assertEqual(self.trace()[2:], ["build two", "activate two", "activate one",
+                                            "build two", "activate two"])
+        self.assertEqual(self.released(), ["1", "2-2"])
+        self.assert_stands("2-2", "two")
+
+    def test_a_newer_push_waits_for_the_way_back(self):
+        self.site()
+        self.deploy("one", activate=f'[ ! -e "$HOME/block" ] || {{ {GATE}; }}')
+        self.begin("two", activate="exec sleep 300")
+        self.reaches("activate two")
+        (self.home / "block").touch()
+        self.daemon.kill()
+        self.daemon.start()
+        self.reaches("activate one", 2)
+        run = self.begin("three")
+        self.assertEqual(self.trace()[3:], ["activate two", "activate one"])
+        self.daemon.open_gate()
+        self.ends(run)
+        self.assertNotIn("activate two", self.trace()[4:])
+        self.assert_stands(run, "three")
+        self.assertEqual(self.released(), ["1", "3"])
+
+    def test_while_its_health_is_asked(self):
+        probe = self.probe()
+        self.site(healthcheck=probe.url(), healthcheck_timeout="60s")
+        self.deploy("one")
+        run = self.begin("slow")
+        self.daemon.wait(lambda: "slow" in probe.pages(), "a question for the health")
+        self.daemon.kill()
+        probe.let_go.set()
+        self.daemon.start()
+        self.ends(run)
+        self.assertEqual(probe.pages(), ["one", "slow", "one", "slow"])
+        self.assert_stands("2-2", "slow")
+
+    def test_cut_off_twice_it_is_interrupted_and_the_one_before_stands(self):
+        run = self.cut_off()
+        self.daemon.start()
+        self.reaches("activate two", 2)
+        self.daemon.kill()
+        self.daemon.start()
+        self.ends(run, "interrupted")
+        self.reaches("activate one", 3)
+        self.assertEqual(self.trace().count("activate two"), 2)
+        self.daemon.wait_for(f"summary.{run}")
+        self.assert_stands(1, "one")
+        self.deploy("three")
+        self.assert_stands(3, "three")
+        self.assertEqual(self.released(), ["1", "3"])
+
+    def test_on_the_way_back_it_goes_back_again(self):
+        self.site()
+        one = self.deploy("one", activate=f'[ ! -e "$HOME/block" ] || {{ {GATE}; }}')
+        (self.home / "block").touch()
+        run = self.begin("two", activate="exit 1")
+        self.reaches("activate one", 2)
+        self.daemon.kill()
+        self.daemon.open_gate()
+        self.daemon.start()
+        self.ends(run, "failed")
+        self.assert_stands(1, "one")
+        self.assertEqual(self.trace()[3:6], ["activate two", "activate one", "activate one"])
+        self.assertEqual(self.daemon.targets()["octo/site", "main"]["last_good"], one)
+
+    def test_in_the_midst_of_a_checkout(self):
+        (self.home / ".gitconfig").write_text(
+            '[filter "gate"]\n\tsmudge = "touch $HOME/smudge; '
+            'until [ -e $HOME/gate ]; do sleep 0.05; done; cat"\n')
+        self.site()
+        self.deploy("one")
+        run = self.begin("two", **{".gitattributes": "zoo filter=gate\n", "zoo": "animals"})
+        self.daemon.wait((self.home / "smudge").exists, "half a checkout")
+        self.daemon.kill()
+        self.assert_stands(1, "one")
+        self.daemon.open_gate()
+        self.daemon.start()
+        self.ends(run)
+        self.assertEqual(self.pages(self.live / "current"), {"two"})
+        self.assertEqual(self.daemon.read("live/current/zoo"), "animals")
+        self.assertEqual(self.released(), ["1", os.readlink(self.live / "current")[9:]])
+
+    def test_at_each_step_of_a_deploy(self):
+        self.in_steps(releases=2)
+        self.deploy("one")
+        self.deploy("two")
+        count = self.crash_at_each_step(lambda number: (self.begin(f"p{number}"), f"p{number}"))
+        self.assertGreater(count, 4)
+
+    def test_at_each_step_of_a_rollback(self):
+        self.in_steps(releases=2)
+        commits = [self.deploy("one"), self.deploy("two")]
+
+        def roll_back(number):
+            run, goal = max(self.daemon.states()) + 1, (number + 1) % 2
+            verb = self.daemon.spawn([sys.executable, str(HOOKD), "-c", str(self.daemon.ini),
+                                      "rollback", "octo/site", "main", commits[goal]])
+            self.daemon.wait_for_log(f"run {run} began")
+            verb.kill()  # the run is the daemon's
+            verb.wait()
+            return run, ("one", "two")[goal]
+
+        self.assertGreater(self.crash_at_each_step(roll_back), 1)
+        self.assertEqual(self.released(), ["1", "2"])
+        self.assertEqual([line for line in self.trace() if "build" in line],
+                         ["build one", "build two"])
+
+    def in_steps(self, **keys):
+        """Serve a site whose daemon can be held before any change that it makes in `live`."""
+        (self.home / "python").mkdir()
+        (self.home / "python/sitecustomize.py").write_text(STEPS)
+        self.site(variables={"PYTHONPATH": str(self.home / "python")}, **keys)
+
+    def crash_at_each_step(self, begin):
+        """Kill the daemon before each change of a run that `begin(number)` starts.
+
+        It returns the run and the page that then has to stand. Return how many changes there are.
+        """
+        number = 1
+        while self.crash_at(number, begin):
+            number += 1
+        return number - 1
+
+    def crash_at(self, number, begin):
+        """Kill the daemon before the change of that number; say whether there is one."""
+        held, stop = self.home / "held", self.home / "stop-at"
+        standing = self.pages(self.live / "current")
+        stop.write_text(str(number))
+        run, page = begin(number)
+        self.daemon.wait(lambda: held.exists() or self.daemon.states().get(run) == "ok",
+                         f"step {number}")
+        if not held.exists():
+            return False
+        self.daemon.kill()
+        self.assertIn(self.pages(self.live / "current"), (standing, {page}))
+        stop.unlink()
+        step = self.daemon.wait_for("held")
+        held.unlink()
+        self.daemon.start()
+        with self.subTest(number=number, step=step):
+            self.ends(run)
+            self.assertEqual(self.pages(self.live / "current"), {page})
+            self.assert_only_ours()
+            names = self.released()
+            self.assertEqual(len(names), 2, names)
+            for name in names:
+                self.assertEqual(len(self.pages(self.live / "releases" / name)), 1, name)
+        return True
+
+
+class Shared(Site):
+    """`shared`: what lives beside the releases and is a link in each."""
+
+    def test_what_is_written_there_is_in_every_release(self):
+        self.site(shared="uploads/\nstorage/logs/\n.env",
+                  command='. ./build\necho "$HOOKD_COMMIT" >> storage/logs/log\n'
+                          'cat .env >> uploads/x')
+        (self.live / "shared").mkdir(parents=True)
+        (self.live / "shared/.env").write_text("KEY=value\n")
+        one = self.deploy("one")
+        two = self.deploy("two", stray="x")
+        for number in (1, 2):
+            release = self.live / "releases" / str(number)
+            self.assertEqual((release / "storage/logs/log").read_text().split(), [one, two])
+            self.assertEqual((release / "uploads/x").read_text(), "KEY=value\n" * 2)
+            for name in ("uploads", "storage/logs", ".env"):
+                self.assertTrue((release / name).is_symlink(), name)
+                self.assertTrue((release / name).samefile(self.live / "shared" / name), name)
+
+    def test_a_missing_file_fails_the_run_before_the_command(self):
+        self.site(shared="config/site.env\nuploads/")
+        self.deploy("one", "failed")
+        self.assertEqual(self.trace(), [])
+        path = self.live / "shared/config/site.env"
+        self.assertIn(str(path), self.daemon.output(1))
+        self.assertFalse(os.path.lexists(self.live / "current"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("here")
+        self.deploy("two")
+        self.assertEqual(self.daemon.read("live/current/config/site.env"), "here")
+
+    def test_a_path_of_the_repository_gives_way_and_that_is_said(self):
+        self.site(shared="uploads/\nsettings.ini")
+        (self.live / "shared").mkdir(parents=True)
+        (self.live / "shared/settings.ini").write_text("of the server")
+        (self.origin.path / "uploads").mkdir()
+        (self.origin.path / "uploads/example").write_text("of the repository")
+        self.deploy("one", **{"settings.ini": "of the repository"})
+        self.assertEqual(self.daemon.read("live/current/settings.ini"), "of the server")
+        self.assertEqual(os.listdir(self.live / "current/uploads"), [])
+        for name in ("uploads", "settings.ini"):
+            self.assertRegex(self.daemon.output(1), f"(?m)^.*\\b{name}\\b.*shared|shared.*{name}")
+        self.assertEqual(self.daemon.read("live/shared/settings.ini"), "of the server")
+
+    def test_a_link_in_the_repository_leads_nothing_out_of_the_release(self):
+        self.site(shared="storage/logs/\nstorage/.env")
+        (self.home / "victim/logs").mkdir(parents=True)
+        (self.home / "victim/logs/precious").write_text("mine")
+        (self.live / "shared/storage").mkdir(parents=True)
+        (self.live / "shared/storage/.env").write_text("KEY=value")
+        (self.origin.path / "storage").symlink_to(self.home / "victim")
+        run = self.begin("one")
+        self.daemon.settle()
+        self.assertEqual(os.listdir(self.home / "victim"), ["logs"], self.daemon.output(run))
+        self.assertEqual(self.daemon.read("victim/logs/precious"), "mine")
+
+    def test_removing_a_release_leaves_what_is_shared(self):
+        self.site(shared="uploads/", releases=2)
+        self.deploy("one", build="echo precious > uploads/one")
+        for page in ("two", "three", "four"):
+            self.deploy(page)
+        self.assertEqual(self.released(), ["3", "4"])
+        self.assertEqual(self.daemon.read("live/current/uploads/one"), "precious\n")
+
+
+class Moving(Site):
+    """From a plain directory to releases and back: nothing is lost, and what to do is said."""
+
+    def test_a_plain_directory_that_becomes_one_of_releases_loses_nothing(self):
+        self.site(releases=None, activate=None)
+        self.deploy("one")
+        (self.live / "upload").write_text("precious")
+        self.change(releases=3)
+        self.deploy("two", "failed")
+        self.assertEqual(self.pages(self.live), {"one"})
+        self.assertEqual(self.daemon.read("live/upload"), "precious")
+        remedy = re.search(r"move it away \((mv .*?)\)", self.daemon.output(2)).group(1)
+        subprocess.run(remedy, shell=True, check=True, env=self.daemon.environment)
+        self.deploy("three")
+        self.assertEqual(self.pages(self.live / "current"), {"three"})
+        self.assertIn("precious", [one.read_text() for one in self.home.rglob("upload")])
+
+    def test_a_directory_of_releases_that_becomes_plain_loses_nothing(self):
+        self.site()
+        self.deploy("one")
+        self.change(releases=None, activate=None)
+        self.deploy("two", "failed")
+        self.assert_stands(1, "one")
+        self.assert_only_ours()
+        self.assertRegex(self.daemon.output(2), "releases.* set .*directory")
+        self.change(directory=self.home / "plain")
+        self.deploy("three")
+        self.assertEqual(self.pages(self.home / "plain"), {"three"})
+
+
+class Healthcheck(Site):
+    """`healthcheck`: a URL that must answer 2xx after `activate`, with and without releases."""
+
+    def test_it_is_asked_once_a_second_until_it_answers(self):
+        probe = self.probe()
+        self.site(healthcheck=probe.url("/up?now=1"), healthcheck_timeout="30s")
+        self.deploy("late")
+        self.assertEqual(probe.asked, [("/up?now=1", "late")] * 3)
+        self.assertGreater(probe.times[1] - probe.times[0], 0.8)
+
+    def test_https_is_verified_by_the_certificates_of_the_system(self):
+        path = self.home / "tls.pem"
+        path.write_text(CERTIFICATES[0])
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        probe = self.probe(("127.0.0.1", 0), context)
+        url = f"https://127.0.0.1:{probe.port}/"
+        self.site(healthcheck=url)
+        self.deploy("one", "failed")
+        self.assertRegex(self.daemon.output(1), "(?i)certificate")
+        self.assertEqual(probe.asked, [])
+        self.daemon.environment["SSL_CERT_FILE"] = str(path)
+        self.change(healthcheck=url)
+        self.deploy("two")
+        self.assertEqual(probe.asked, [("/", "two")])
+
+    def test_a_unix_socket_is_asked_for_a_path(self):
+        path = self.home / "app.sock"
+        probe = self.probe(str(path))
+        self.site(healthcheck=f"unix:{path}:/health?x=1")
+        self.deploy("one")
+        self.assertEqual(probe.asked, [("/health?x=1", "one")])
+        self.deploy("sick", "failed")
+        self.assertIn("503", self.daemon.output(2))
+        self.assert_stands(1, "one")
+
+    def test_a_redirect_is_not_followed(self):
+        probe = self.probe()
+        self.site(healthcheck=probe.url())
+        self.deploy("moved", "failed")
+        self.assertEqual({path for path, _ in probe.asked}, {"/health"})
+        self.assertIn("302", self.daemon.output(1))
+
+    def test_nobody_there_is_said_in_the_log(self):
+        with closing(socket.socket()) as taken:
+            taken.bind(("127.0.0.1", 0))  # and nobody listens
+            port = taken.getsockname()[1]
+            self.site(healthcheck=f"http://127.0.0.1:{port}/")
+            self.deploy("one", "failed")
+        self.assertRegex(self.daemon.output(1), "(?i)refused")
+        self.assertIn(f"127.0.0.1:{port}", self.daemon.output(1))
+
+    def test_an_answer_that_never_comes_is_not_waited_for_longer_than_the_timeout(self):
+        probe = self.probe()
+        self.site(healthcheck=probe.url())
+        self.deploy("slow", "failed")
+        self.assertRegex(self.daemon.output(1), "(?i)timed out|no answer")
+        wait_for(lambda: probe.left, "the client to give up")
+        self.assertLess(probe.left[0], 4)  # a request alone may take 5
+
+    def test_a_question_is_given_up_after_five_seconds_and_asked_again(self):
+        probe = self.probe()
+        self.site(healthcheck=probe.url(), healthcheck_timeout="60s")
+        run = self.begin("slow")
+        self.daemon.wait(lambda: len(probe.asked) == 2 and probe.left, "a second question")
+        self.assertTrue(4.5 < probe.left[0] < 15, probe.left)
+        probe.let_go.set()
+        self.ends(run)
+
+    def test_without_releases_it_follows_command_and_activate_in_the_directory(self):
+        probe = self.probe(page="live/page")
+        self.site(releases=None, healthcheck=probe.url(), on_failure=SUMMARY,
+                  activate='echo "activate $(cat page) $(pwd -P) $HOOKD_CURRENT" >> "$HOME/trace"\n'
+                           '. ./activate')
+        one = self.deploy("one")
+        self.assertEqual(self.trace(), ["build one", f"activate one {self.live} "])
+        self.assertEqual(probe.asked, [("/health", "one")])
+        self.deploy("sick", "failed")
+        self.assertIn("503", self.daemon.output(2))
+        self.deploy("two", "failed", activate="exit 3")
+        self.assertEqual(probe.pages()[-1], "sick")
+        self.assertEqual(self.daemon.targets()["octo/site", "main"]["last_good"], one)
+        self.assertEqual(self.pages(self.live), {"two"})
 
 
 # ---------------------------------------------------------------- Crash
@@ -4332,15 +5505,6 @@ class CommandLine(Case):
         self.assertEqual(daemon.read("who").split(), [str(NOBODY)] * 2)
         owners = {one.lstat().st_uid for one in daemon.state.rglob("*")}
         self.assertEqual(owners, {NOBODY})
-
-    def open_to_nobody(self):
-        """Let user nobody reach the test's directory, and skip where it cannot reach Python."""
-        self.home.chmod(0o755)
-        try:
-            subprocess.run([sys.executable, str(HOOKD), "--version"], user=NOBODY, check=True,
-                           capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            self.skipTest("user nobody cannot read this Python or this folder")
 
 
 # ---------------------------------------------------------------- Hostile
