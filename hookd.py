@@ -53,11 +53,12 @@ import stat
 import subprocess
 import threading
 import time
-from collections import ChainMap, OrderedDict, deque
+from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from email.utils import formatdate
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
@@ -2469,16 +2470,14 @@ class Job:
 # stranger cannot use up the threads that runs need, and one deadline bounds a whole request. A
 # connection still is a BaseHTTPRequestHandler, whose `handle` the loop calls when bytes have come.
 #
-# Three bounds hold whatever is sent. A request has REQUEST_SECONDS. All bodies together have
-# `room` bytes; when these are used up the oldest unfinished one gives way. There are at most
-# CONNECTIONS_MAX connections; the one that waited longest gives way. A genuine push is small and
-# arrives quickly, so it is almost never the one dropped.
-#
-# What a client sends behind a request, before its answer, is thrown away, and the connection is
-# closed with that answer: nothing that was not judged as a head is ever taken for one.
+# A request has REQUEST_SECONDS. All bodies together have `room` bytes; when these are used up the
+# oldest unfinished one gives way, as the oldest connection does where there are too many. A genuine
+# push is small and arrives quickly, so it is almost never the one dropped. What a client sends
+# behind a request, before its answer, is thrown away, and the connection closed with that answer.
 
 SSL_WANT_READ = 2  # ssl.SSL_ERROR_WANT_READ; ssl is imported only where it is used
 LOOPBACK = re.compile(r"127\.|::1$|$")  # a unix socket's peer has no name
+http_date = lru_cache(1)(partial(formatdate, usegmt=True))  # costs as much as the rest of an answer
 
 
 def open_socket(wanted: str) -> socket.socket:
@@ -2537,25 +2536,30 @@ class Connection(BaseHTTPRequestHandler):
 
     server: "Server"  # type: ignore[assignment]
     request: socket.socket
+    rfile: io.BytesIO
     protocol_version = request_version = "HTTP/1.1"  # the base's default answers without a head
 
     def setup(self) -> None:
         """Prepare; the base would make files of the socket, which keep its descriptor open."""
-        self.start = bytearray()  # of a head that is not whole yet
-        self.headers = None  # type: ignore[assignment]
-        self.command = self.path = ""
-        self.rfile: Any = io.BytesIO()
-        self.length = self.received = 0  # of the body
-        self.deadline = 0.0
+        self.clear()
         self.lingers = False  # no request is taken any more; what still comes is thrown away
-        self.server.admit(self)
+        self.server.selector.register(self.request, selectors.EVENT_READ, self.handle)
+        self.server.rearm(self)
 
     def finish(self) -> None:
         """Do nothing: the base's constructor calls this, and the connection goes on."""
 
+    def clear(self) -> None:
+        """Let go of a request."""
+        self.start = bytearray()  # of a head that is not whole yet
+        self.headers = None  # type: ignore[assignment]
+        self.command = self.path = ""
+        self.rfile = io.BytesIO()
+        self.length = 0  # of the body
+
     @property
     def whole(self) -> bool:
-        return self.headers is not None and self.received == self.length
+        return self.headers is not None and self.rfile.tell() == self.length
 
     @property
     def begun(self) -> bool:
@@ -2568,7 +2572,7 @@ class Connection(BaseHTTPRequestHandler):
         forwarded = headers.get("x-forwarded-for")
         if forwarded is None or not LOOPBACK.match(peer):
             return peer
-        last: str = forwarded.rpartition(",")[2].strip()
+        last = forwarded.rpartition(",")[2].strip()
         # What cannot be read as an address is one that is allowed nowhere.
         readable = re.fullmatch("[0-9A-Fa-f.:]{1,64}", last)
         return last.removeprefix("::ffff:") if readable else "unreadable"
@@ -2583,15 +2587,13 @@ class Connection(BaseHTTPRequestHandler):
                 self.server.drop(self)
             return
         try:
-            if not data:
-                refuse((self.begun and not self.whole, 400, "request ended too early"))
-                self.server.drop(self)
-            elif not self.lingers:
+            refuse((not data and self.begun and not self.whole, 400, "request ended too early"))
+            if data and not self.lingers:
                 self.feed(data)
         except Refusal as refusal:
             self.server.refused(self, refusal)
-            if not data:
-                self.server.drop(self)
+        if not data:
+            self.server.drop(self)
 
     def feed(self, data: bytes) -> None:
         """Add to what the client has sent; a head, then its body, may be whole by that."""
@@ -2603,15 +2605,15 @@ class Connection(BaseHTTPRequestHandler):
             if not self.parse_request():
                 return
             data, self.start = bytes(self.start), bytearray()
-        room = self.length - self.received
-        self.rfile.write(data[:room])
-        self.received += min(len(data), room)
-        self.lingers = len(data) > room
-        self.server.make_room(self, min(len(data), room))
+        body = data[: self.length - self.rfile.tell()]
+        self.rfile.write(body)
+        self.lingers = len(data) > len(body)
+        self.server.make_room(self, len(body))
         if fresh and self.headers is not None:
             self.server.check(self, self.length)
-            if self.headers.get("expect", "").lower() == "100-continue" and not self.received:
-                self.handle_expect_100()
+            if self.headers.get("expect", "").lower() == "100-continue" and not body:
+                with contextlib.suppress(OSError):
+                    self.request.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self.whole:
             self.server.ready.append(self)
 
@@ -2624,41 +2626,31 @@ class Connection(BaseHTTPRequestHandler):
         start = self.start
         end = start.find(b"\r\n\r\n", 0, HEAD_MAX + 4)
         line, newline, _ = bytes(start[: LINE_MAX + 1]).partition(b"\r\n")
-        refuse((not newline and len(start) > LINE_MAX, 414, "request line too long"))
-        if newline and not self.command:
-            match = REQUEST_LINE.fullmatch(line)
-            refuse((match is None, 400, "not HTTP/1.1 (TLS on a plain port?)"))
-            method, path, minor = match.groups()  # type: ignore[union-attr]
-            self.command, self.path = method.decode(), path.decode()
-            self.close_connection = minor == b"0"
-        refuse((not start[:1].isalpha(), 400, "not HTTP/1.1 (TLS on a plain port?)"),
-               (b"\n" in line, 400, "not HTTP/1.1 (TLS on a plain port?)"),
+        match = REQUEST_LINE.fullmatch(line)
+        refuse((not newline and len(start) > LINE_MAX, 414, "request line too long"),
+               ((newline and not match) or b"\n" in line or not line[:1].isalpha(), 400,
+                "not HTTP/1.1 (TLS on a plain port?)"),
                (end < 0 and len(start) > HEAD_MAX, 431, "request head too large"))
-        if end < 0:
+        if match:
+            self.command, self.path = match[1].decode(), match[2].decode()
+        if not match or end < 0:
             return False
         headers = read_headers(bytes(start[len(line) + 2 : end]))
         self.length = body_length(self.command, headers)
         self.headers = headers  # type: ignore[assignment]
         wish = headers.get("connection", "").lower()
-        self.close_connection = wish != "keep-alive" if self.close_connection else "close" in wish
+        self.close_connection = wish != "keep-alive" if match[3] == b"0" else "close" in wish
         del start[: end + 4]
         return True
-
-    def handle_expect_100(self) -> bool:
-        """Let a client send its body."""
-        self.wfile = io.BytesIO()
-        self.send_response_only(100)
-        self.end_headers()
-        return self.flush()
 
     def answer(self, status: int, text: str) -> None:
         """Answer in one write, then keep, close or linger: an unread body is never a request."""
         self.lingers |= not self.whole
-        keep = not self.lingers and not self.close_connection and self.server.listeners
-        self.wfile = io.BytesIO()
+        keep = not (self.lingers or self.close_connection) and self.server.listeners
         body = b"" if self.command == "HEAD" else f"{text}\n".encode()
+        self.wfile = io.BytesIO()
         self.send_response_only(status)
-        self.send_header("Date", self.server.date(self))
+        self.send_header("Date", http_date(int(time.time())))
         self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
         if status == 405:
@@ -2666,23 +2658,16 @@ class Connection(BaseHTTPRequestHandler):
         if not keep:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        data, sent = self.wfile.getvalue() + body, 0
         self.server.forget(self)
-        sent = self.flush()
-        if sent and self.lingers:  # a close would be a reset, and take the answer from the client
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # who has no room for these few bytes does not listen
+            sent = self.request.send(data)
+            if self.lingers:  # a close would be a reset, and take the answer from the client
                 self.request.shutdown(socket.SHUT_WR)
-        elif sent and keep:
-            self.server.rearm(self)
-        else:
+        if sent < len(data) or not (keep or self.lingers):
             self.server.drop(self)
-
-    def flush(self) -> bool:
-        """Send the answer at once; who has no room for these few bytes does not listen."""
-        data = self.wfile.getvalue()  # type: ignore[attr-defined]
-        with contextlib.suppress(OSError):
-            return self.request.send(data) == len(data)
-        return False
+        elif keep:
+            self.server.rearm(self)
 
 
 class Server:
@@ -2700,9 +2685,8 @@ class Server:
         self.tls: Optional[ssl.SSLContext] = None
         self.room, self.held, self.most = BODIES_MAX, 0, CONNECTIONS_MAX
         # In the order of deadlines: a connection that gets a new one moves to the end.
-        self.connections: OrderedDict[Connection, None] = OrderedDict()
+        self.connections: dict[Connection, float] = {}
         self.ready: list[Connection] = []
-        self.clock = (0, "")
 
     def listen(self, listeners: Sequence[socket.socket]) -> None:
         """Accept on these sockets from now on, and on no others."""
@@ -2716,9 +2700,10 @@ class Server:
     def poll(self, timeout: float) -> list[Connection]:
         """Wait for something to happen; return the connections whose requests are whole now."""
         now = time.monotonic()
-        for oldest in iter(lambda: next(iter(self.connections), None), None):
-            if oldest.deadline > now:
-                timeout = min(timeout, oldest.deadline - now)
+        while self.connections:
+            oldest, deadline = next(iter(self.connections.items()))
+            if deadline > now:
+                timeout = min(timeout, deadline - now)
                 break
             if oldest.begun and not oldest.lingers:
                 self.refused(oldest, Refusal(408, "request took too long"))
@@ -2728,13 +2713,6 @@ class Server:
             key.data()
         whole, self.ready = [one for one in self.ready if one.whole], []
         return whole
-
-    def date(self, connection: Connection) -> str:
-        """Return the time as HTTP wants it; formatting it takes as long as all else in an answer."""
-        now = int(time.time())
-        if now != self.clock[0]:
-            self.clock = now, connection.date_time_string(now)
-        return self.clock[1]
 
     def accept(self, listener: socket.socket) -> None:
         """Take new connections, at the cost of the longest waiting where there is no room."""
@@ -2756,14 +2734,9 @@ class Server:
             host = peer[0] if isinstance(peer, tuple) else ""
             Connection(sock, (host.removeprefix("::ffff:"), 0), self)  # type: ignore[arg-type]
 
-    def admit(self, connection: Connection) -> None:
-        self.selector.register(connection.request, selectors.EVENT_READ, connection.handle)
-        self.rearm(connection)
-
     def rearm(self, connection: Connection) -> None:
-        connection.deadline = time.monotonic() + REQUEST_SECONDS
-        self.connections[connection] = None
-        self.connections.move_to_end(connection)
+        self.connections.pop(connection, None)
+        self.connections[connection] = time.monotonic() + REQUEST_SECONDS
 
     def make_room(self, connection: Connection, more: int) -> None:
         """Count what came of a body; the oldest unfinished ones give way where there is no room."""
@@ -2772,15 +2745,13 @@ class Server:
             return
         unfinished = [other for other in self.connections if not other.whole]
         for oldest in (*unfinished, connection):
-            if self.held > self.room and oldest.received:
+            if self.held > self.room and oldest.rfile.tell():
                 self.refused(oldest, Refusal(503, "too much in flight, send it again later"))
 
     def forget(self, connection: Connection) -> None:
         """Let go of a request."""
-        self.held -= connection.received
-        connection.rfile, connection.start = io.BytesIO(), bytearray()
-        connection.length = connection.received = 0
-        connection.headers, connection.command = None, ""  # type: ignore[assignment]
+        self.held -= connection.rfile.tell()
+        connection.clear()
 
     def drop(self, connection: Connection) -> None:
         if connection in self.connections:
