@@ -11,6 +11,7 @@ is waiting; HOOKD_TEST_JOBS=1 runs one after the other, HOOKD_TEST_KEEP=1 keeps 
 """
 
 import ast
+import collections
 import dataclasses
 import email.utils
 import hashlib
@@ -41,8 +42,10 @@ import urllib.parse
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
+from xml.etree import ElementTree
 
 sys.dont_write_bytecode = True  # the folder is the administrator's: leave nothing there
 import hookd  # noqa: E402
@@ -5010,6 +5013,1065 @@ class Syslog(Case):
         self.assertNotRegex(heard, "[\0-\x1f]")
 
 
+# ---------------------------------------------------------------- Reports and page
+
+TOKEN = "github_pat_11SECRET0123456789"
+HANG, DROP, DRIP = "never answers", "hangs up", "answers a byte now and then"
+
+
+@dataclasses.dataclass(frozen=True)
+class CommitStatus:
+    """A commit status as a forge took it."""
+
+    at: float
+    path: str
+    headers: dict
+    state: str
+    body: dict
+
+
+class Forge(socketserver.ThreadingMixIn, HTTPServer):
+    """A forge on loopback: takes commit statuses and answers each as it is told, at last 201.
+
+    An answer is a status, (status, headers), or HANG, DROP, DRIP.
+    """
+
+    daemon_threads = True
+    request_queue_size = 50
+
+    def __init__(self, *answers, always=201):
+        super().__init__(("127.0.0.1", 0), ForgeHandler)
+        self.answers, self.always = collections.deque(answers), always
+        self.taken, self.ending = [], threading.Event()
+        self.api = f"http://127.0.0.1:{self.server_port}/api/v3"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self.ending.set()
+        self.shutdown()
+        self.server_close()
+
+    def states(self, commit=None):
+        return [one.state for one in self.taken if commit is None or commit in one.path]
+
+    def handle_error(self, request, client_address):
+        """Say nothing: hookd may hang up."""
+
+
+class ForgeHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # so that a connection stays open behind an answer
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        forge = self.server
+        forge.taken.append(CommitStatus(time.monotonic(), self.path, dict(self.headers),
+                                        body["state"], body))
+        answer = forge.answers.popleft() if forge.answers else forge.always
+        self.close_connection = answer in (HANG, DROP, DRIP)
+        if answer == HANG:
+            forge.ending.wait()
+        elif answer == DRIP:
+            self.wfile.write(b"HTTP/1.1 201 Created\r\nX: ")
+            while not forge.ending.wait(0.5):
+                self.wfile.write(b"x")
+        elif answer != DROP:
+            status, headers = answer if isinstance(answer, tuple) else (answer, {})
+            self.send_response(status)
+            for name, value in {"Content-Length": "0", **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+    def log_message(self, *arguments):
+        """Say nothing."""
+
+
+def report_of(number=1, api="", **more):
+    """Return a report as the daemon would make it."""
+    values = {"id": number, "run": number, "api": api, "token": TOKEN, "repo": "octo/site",
+              "commit": sha("commit"), "context": "hookd/main", "state": "success",
+              "description": "run 1 ok", "url": "", **more}
+    return hookd.Report(**values)
+
+
+STARVED = f"""
+import sys, threading
+from {Path(__file__).stem} import hookd, report_of
+done = []
+messenger = hookd.Messenger(done.append, lambda: done.append("page"))
+threading.stack_size(1 << 46)  # more than there is: each start fails as it does at a limit
+messenger.send(report_of(1, sys.argv[1], state="pending"))
+messenger.show()
+print("no thread" if not messenger.threads and threading.active_count() == 1 else "a thread")
+threading.stack_size(0)
+messenger.send(report_of(2, sys.argv[1]))
+messenger.close({PATIENCE})
+print(sorted(done, key=str))
+"""
+HEARTBEAT = f"""
+import time
+from {Path(__file__).stem} import hookd, wait_for
+hookd.PAGE_SECONDS = 2.5
+written = []
+messenger = hookd.Messenger(print, lambda: written.append(time.monotonic()) or len(written) < 3)
+messenger.show()
+wait_for(lambda: not messenger.threads, "the thread to end")
+print(len(written), min(after - before for before, after in zip(written, written[1:])) >= 2.5)
+"""
+
+
+def run_script(script, *arguments):
+    """Run Python that imports this module, in a process of its own; return what it says."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run([sys.executable, "-B", str(script), *map(str, arguments)], check=False,
+                          env={**os.environ, "PYTHONPATH": path}, timeout=PATIENCE * 2,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8").stdout
+
+
+class ReportCase(Case):
+    """A test with forges, and with a messenger that retries at once."""
+
+    def forge(self, *answers, **more):
+        forge = Forge(*answers, **more)
+        self.addCleanup(forge.close)
+        return forge
+
+    def messenger(self, *delays):
+        self.done = []
+        self.written = []
+        return hookd.Messenger(self.done.append, lambda: self.written.append(True),
+                               delays or (0.01,) * 4)
+
+    def wait_until_done(self, *numbers):
+        wait_for(lambda: len(self.done) >= len(numbers), "the reports", lambda: str(self.done))
+        self.assertEqual(sorted(self.done), sorted(numbers))
+
+
+class OneReport(ReportCase):
+    """How one commit status goes out, and what its answers mean."""
+
+    def test_a_report_is_the_call_that_every_forge_knows(self):
+        forge = self.forge()
+        started = time.monotonic()
+        told = hookd.send_report(report_of(api=forge.api + "/", url="https://x.test/#run-1",
+                                           state="failure", description="run 1 failed (exit 2)"))
+        self.assertEqual(told, ("", 0.0))
+        self.assertLess(time.monotonic() - started, 5, "waits for more than the answer")
+        [status] = forge.taken
+        self.assertEqual(status.path, f"/api/v3/repos/octo/site/statuses/{sha('commit')}")
+        self.assertEqual(status.body, {
+            "state": "failure", "context": "hookd/main", "description": "run 1 failed (exit 2)",
+            "target_url": "https://x.test/#run-1"})
+        self.assertEqual(status.headers["Authorization"], f"token {TOKEN}")
+        self.assertEqual(status.headers["Host"], f"127.0.0.1:{forge.server_port}")
+        self.assertEqual(status.headers["Content-Type"], "application/json")
+        self.assertRegex(status.headers["User-Agent"], r"^hookd/\d")
+
+    def test_without_a_url_none_is_sent(self):
+        forge = self.forge()
+        hookd.send_report(report_of(api=forge.api))
+        self.assertNotIn("target_url", forge.taken[0].body)
+
+    def test_an_answer_says_whether_to_try_again_and_what_is_wrong(self):
+        table = (  # answer, the wait before a retry (-1: none), words of the fault
+            (200, 0, ""), (201, 0, ""), (204, 0, ""),
+            (301, -1, "301 report_api"), (400, -1, "400 report_api"),
+            (401, -1, "401 token expired"), (404, -1, "404 token repository repo:status"),
+            (403, -1, "403 token repo:status write:repository statuses: write"),
+            (422, -1, "422 commit repository"),
+            (408, 0, "408"), (429, 0, "429"), (500, 0, "500"), (503, 0, "503"), (599, 0, "599"),
+            ((429, {"Retry-After": "17"}), 17, "429"),
+            ((503, {"retry-after": " 5 "}), 5, "503"),
+            ((503, {"Retry-After": "Fri, 31 Dec 2027 23:59:59 GMT"}), 0, "503"),
+            ((503, {"Retry-After": "9" * 40}), 0, "503"),
+            ((403, {"Retry-After": "60"}), 60, "403"),
+            ((403, {"X-RateLimit-Remaining": "0"}), 0, "403"),
+            ((403, {"X-RateLimit-Remaining": "10"}), -1, "403 token"),
+            (DROP, 0, "HTTP"))
+        forge = self.forge(*(answer for answer, _, _ in table))
+        for answer, wait, words in table:
+            with self.subTest(answer=answer):
+                fault, retry_after = hookd.send_report(report_of(api=forge.api))
+                self.assertEqual(retry_after, wait)
+                self.assertEqual(bool(fault), bool(words), fault)
+                for word in words.split():
+                    self.assertIn(word, fault)
+
+    def test_no_fault_shows_the_token(self):
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            closed = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        forge = self.forge(always=403)
+        table = (("refused", closed, TOKEN, 0), ("no such name", "http://x.invalid", TOKEN, 0),
+                 ("no TLS", forge.api.replace("http", "https"), TOKEN, 0),
+                 ("forbidden", forge.api, TOKEN, -1),
+                 ("a line break", forge.api, f"{TOKEN}\r\nX: y", -1),
+                 ("no ASCII", forge.api, f"{TOKEN}\u2713", -1))
+        for name, api, token, wait in table:
+            with self.subTest(name):
+                report = report_of(api=api, token=token)
+                fault, retry_after = hookd.send_report(report)
+                self.assertTrue(fault)
+                self.assertEqual(retry_after, wait, fault)
+                for told in (fault, repr(report), str(report), f"{report}", f"{[report]}"):
+                    self.assertNotIn(TOKEN, told)
+
+    def test_a_forge_that_does_not_answer_costs_fifteen_seconds_however_it_does_that(self):
+        started = time.monotonic()
+        ended = {}
+
+        def measure(kind):
+            forge = self.forge(always=kind)
+            fault, retry_after = hookd.send_report(report_of(api=forge.api))
+            ended[kind] = (time.monotonic() - started, fault, retry_after)
+
+        threads = [threading.Thread(target=measure, args=(kind,)) for kind in (HANG, DRIP)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        for kind in (HANG, DRIP):
+            with self.subTest(kind):
+                seconds, fault, retry_after = ended[kind]
+                self.assertLess(14.5, seconds)
+                self.assertLess(seconds, 20)
+                self.assertIn("timed out", fault)
+                self.assertEqual(retry_after, 0)
+
+    def test_an_address_that_cannot_be_right_is_told_with_the_one_that_is(self):
+        table = (("https://api.github.com", ""), ("https://git.example.com/api/v1", ""),
+                 ("http://127.0.0.1:3000/api/v1", ""), ("http://localhost/api/v1", ""),
+                 ("http://[::1]:3000/api/v1", ""),
+                 ("http://git.example.com/api/v1", "unencrypted https://"),
+                 ("http://127.example.com/api/v1", "unencrypted"),
+                 ("http://localhost.example.com/", "unencrypted"),
+                 ("https://github.com/octo/site", "https://api.github.com"),
+                 ("api.github.com", "https://api.github.com"), ("", "https://api.github.com"),
+                 ("ftp://x/", "https://"), ("https:///x", "https://"), ("https://a b/", "https://"),
+                 ("https://me:pass@x/", "https://"), ("https://x/?y", "https://"))
+        for api, words in table:
+            with self.subTest(api):
+                told = hookd.api_fault(api)
+                self.assertEqual(bool(told), bool(words), told)
+                for word in words.split():
+                    self.assertIn(word, told)
+
+    def test_a_token_is_tried_on_a_commit_that_cannot_exist(self):
+        table = ((422, ""), (500, ""), (401, "expired"), (403, "repo:status"), (404, "repository"),
+                 (301, "report_api"), (502, "502"), (DROP, "HTTP"))
+        forge = self.forge(*(answer for answer, _ in table))
+        for answer, word in table:
+            with self.subTest(answer=answer):
+                told = hookd.check_token(forge.api, TOKEN, "octo/site")
+                self.assertEqual(bool(told), bool(word), told)
+                self.assertIn(word, told)
+        self.assertEqual({one.path for one in forge.taken},
+                         {f"/api/v3/repos/octo/site/statuses/{'0' * 40}"})
+
+
+class ReportOrder(ReportCase):
+    """Queues, retries and threads of the messenger."""
+
+    def test_reports_go_out_in_order_and_each_is_done_once(self):
+        forge, messenger = self.forge(), self.messenger()
+        for number in range(1, 31):
+            messenger.send(report_of(number, forge.api, description=str(number)))
+        self.wait_until_done(*range(1, 31))
+        self.assertEqual([one.body["description"] for one in forge.taken],
+                         [str(number) for number in range(1, 31)])
+
+    def test_a_retry_is_not_overtaken_by_the_next_report(self):
+        for answer in (408, 429, 500, 503, DROP):
+            with self.subTest(answer=answer):
+                forge, messenger = self.forge(answer, answer), self.messenger()
+                messenger.send(report_of(1, forge.api, state="pending"))
+                messenger.send(report_of(2, forge.api, state="success"))
+                self.wait_until_done(1, 2)
+                self.assertEqual(forge.states(), ["pending"] * 3 + ["success"])
+
+    def test_a_report_is_tried_five_times_and_then_given_up(self):
+        for answer in (408, 429, 500, DROP):
+            with self.subTest(answer=answer):
+                forge, messenger = self.forge(*[answer] * 5), self.messenger()
+                messenger.send(report_of(1, forge.api, state="pending"))
+                messenger.send(report_of(2, forge.api, state="success"))
+                self.wait_until_done(1, 2)
+                self.assertEqual(forge.states(), ["pending"] * 5 + ["success"])
+
+    def test_what_the_forge_will_not_take_is_tried_once(self):
+        for answer in (301, 400, 401, 403, 404, 422):
+            with self.subTest(answer=answer):
+                forge, messenger = self.forge(always=answer), self.messenger()
+                messenger.send(report_of(1, forge.api))
+                self.wait_until_done(1)
+                self.assertEqual(len(forge.taken), 1)
+
+    def test_retry_after_is_heeded(self):
+        forge = self.forge((429, {"Retry-After": "1"}))
+        messenger = self.messenger()
+        messenger.send(report_of(1, forge.api))
+        self.wait_until_done(1)
+        first, second = forge.taken
+        self.assertGreaterEqual(second.at - first.at, 0.99)
+
+    def test_a_forge_that_never_answers_holds_up_neither_another_nor_the_page(self):
+        dead, alive, messenger = self.forge(always=HANG), self.forge(), self.messenger()
+        messenger.send(report_of(1, dead.api))
+        wait_for(lambda: dead.taken, "the dead forge to be asked")
+        messenger.show()
+        messenger.send(report_of(2, alive.api))
+        self.wait_until_done(2)
+        wait_for(lambda: self.written, "the page")
+        self.assertEqual(len(dead.taken), 1)
+
+    def test_a_token_that_is_used_up_holds_up_no_other_token(self):
+        forge, messenger = self.forge((429, {"Retry-After": "60"})), self.messenger()
+        messenger.send(report_of(1, forge.api))
+        wait_for(lambda: forge.taken, "the first report")
+        messenger.send(report_of(2, forge.api, token="another"))
+        self.wait_until_done(2)
+
+    def test_a_thread_that_could_not_be_started_is_started_at_the_next_call(self):
+        forge = self.forge()
+        script = self.home / "starved.py"
+        script.write_text(STARVED)
+        self.assertEqual(run_script(script, forge.api), "no thread\n[1, 2, 'page']\n")
+        self.assertEqual(forge.states(), ["pending", "success"])
+
+    def test_no_thread_is_left_when_there_is_nothing_to_send(self):
+        forge, messenger = self.forge(), self.messenger()
+        for number in (1, 2):
+            messenger.send(report_of(number, forge.api, token=f"token {number}"))
+        self.wait_until_done(1, 2)
+        messenger.close(PATIENCE)
+        wait_for(lambda: not messenger.threads, "the threads to end")
+        self.assertEqual(self.written, [], "a page that nobody asked for")
+
+    def test_a_stop_does_not_wait_until_the_page_may_be_written_again(self):
+        written = []
+
+        def write():  # a page that takes long, so that the next has to wait 4 s
+            time.sleep(0.2)
+            return written.append(True)
+
+        messenger = hookd.Messenger(print, write)
+        messenger.show()
+        wait_for(lambda: written, "the page")
+        messenger.show()
+        started = time.monotonic()
+        messenger.close(PATIENCE)
+        self.assertLess(time.monotonic() - started, 3)
+        self.assertEqual(written, [True, True])
+
+    def test_close_waits_for_what_is_under_way_and_no_longer_than_it_is_told(self):
+        dead, messenger = self.forge(always=HANG), self.messenger()
+        messenger.show()
+        messenger.close(PATIENCE)
+        self.assertEqual(self.written, [True])
+        messenger.send(report_of(1, dead.api))
+        started = time.monotonic()
+        messenger.close(0.5)
+        self.assertLess(time.monotonic() - started, 5)
+
+
+class Redaction(unittest.TestCase):
+    """What is shown as ***."""
+
+    def test_hidden_texts_and_logins_in_urls_are_not_shown(self):
+        hidden = ("hunter2hunter2", "hunter2hunter2-and-more", "7 chars", "8 chars.",
+                  "two\nlines of it")
+        table = (
+            ("a hunter2hunter2 b", "a *** b"), ("a hunter2hunter2-and-more b", "a *** b"),
+            ("7 chars", "7 chars"), ("8 chars.", "***"), ("x two\nlines of it y", "x *** y"),
+            ("https://mona:pa:s@s@example.com/x", "https://***@example.com/x"),
+            ("https://ghp_abc@github.com/octo/site", "https://***@github.com/octo/site"),
+            ("https://x-access-token:abc@github.com", "https://***@github.com"),
+            ("postgres://u:p@db/x redis://:secret@r", "postgres://***@db/x redis://***@r"),
+            ("ssh://git@github.com/octo/site", "ssh://git@github.com/octo/site"),
+            ("git@github.com:octo/site", "git@github.com:octo/site"),
+            ("https://example.com/a@b", "https://example.com/a@b"),
+            ("https://example.com:8080/x", "https://example.com:8080/x"),
+            ("see https://example.com, mail me@example.com",
+             "see https://example.com, mail me@example.com"))
+        for text, shown in table:
+            with self.subTest(text):
+                self.assertEqual(hookd.redact(text, hidden), shown)
+
+    def test_redaction_takes_linear_time(self):
+        def cost(text):
+            times = []
+            for _ in range(5):
+                started = time.thread_time()
+                hookd.redact(text, ())
+                times.append(time.thread_time() - started)
+            return max(min(times), 1e-4)
+
+        for unit in ("a", ":", "@", "://", "http://", "http://a:", "http://a@", "://a:@", "://:"):
+            with self.subTest(unit):
+                small, large = unit * (40_000 // len(unit)), unit * (800_000 // len(unit))
+                for start in ("", "http://", "x://a:"):
+                    ratio = cost(start + large) / cost(start + small)
+                    self.assertLess(ratio, 100, "quadratic time would be 400 times")
+
+
+NOW = 1_790_000_000.0  # 21 September 2026, 14:13:20 UTC
+EVIL = ("<script>alert(1)</script><img src=//evil.test/x onerror=alert(2)>\u202etxt\u2066"
+        " \x1b]0;x\x07 \"'&amp;]]>{x}$words\\1\ud800")
+
+
+def target_of(run=12, ref="refs/heads/main", **more):
+    """Return an object of `status --json`."""
+    repo = more.pop("repo", "octo/site")
+    return {"repo": repo, "ref": ref, "branch": ref.split("/", 2)[2], "hook": f"{repo} *",
+            "directory": "/srv/site", "run": run, "state": "ok", "event": "push",
+            "cause": "delivery", "commit": sha(run), "subject": "Fix the menu", "pusher": "mona",
+            "began": NOW - 308, "ended": NOW - 300, "duration": 8.25, "exit": 0,
+            "last_good": sha(run), "running": None, "waiting": [], "paused": None, **more}
+
+
+def run_of(run=12, state="ok", **more):
+    """Return an object of `status REPO BRANCH --json`."""
+    return {"run": run, "state": state, "event": "push", "cause": "delivery", "commit": sha(run),
+            "subject": "Fix the menu", "pusher": "mona", "queued": NOW - 309, "began": NOW - 308,
+            "ended": NOW - 300, "duration": 8.25, "exit": 0, "note": "", **more}
+
+
+def snapshot_of(*targets, runs=None, totals=(), output=None, up=True):
+    """Return a snapshot in which each target has the one run that it names, or `runs`."""
+    known = [[run_of(one["run"], one["state"])] if runs is None and one["run"] else runs or []
+             for one in targets]
+    return hookd.Snapshot(NOW, up, list(targets), known, list(totals), output or {})
+
+
+class Reader(HTMLParser):
+    """Read a page as a browser does: its text, its elements, what it would fetch or run."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.words, self.tags, self.ids, self.links, self.times = [], [], [], [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        named = dict(attributes)
+        self.tags.append(tag)
+        self.ids += [named["id"]] if "id" in named else []
+        self.links += [value for name, value in attributes if name in ("href", "src", "srcset")]
+        self.times += [named] if tag == "time" else []
+        assert not [name for name in named if name.startswith("on")], named
+
+    def handle_data(self, data):
+        if self.tags[-1:] != ["style"] or not data.strip().startswith(":root"):
+            self.words.append(data)
+
+
+class PageText(unittest.TestCase):
+    """What the page's files say, built from a snapshot."""
+
+    def read(self, *targets, **more):
+        return Reader(hookd.page_html(snapshot_of(*targets, **more)))
+
+    def test_the_headline_says_how_it_stands(self):
+        ok, failed = target_of(1), target_of(2, "refs/heads/dev", state="failed")
+        table = (((), "No run has ended yet", "\u2713"), ((ok,), "1 of 1 targets ok", "\u2713"),
+                 ((ok, failed), "1 of 2 targets ok", "\u2717"),
+                 ((target_of(None, state=None, running=4),), "No run has ended yet", "\u2713"))
+        for state in ("failed", "timeout", "interrupted", "cancelled"):
+            table += (((target_of(5, state=state),), "0 of 1 targets ok", "\u2717"),)
+        for targets, words, sign in table:
+            with self.subTest(words, states=[one["state"] for one in targets]):
+                runs = [] if any(one["state"] is None for one in targets) else None
+                page = hookd.page_html(snapshot_of(*targets, runs=runs))
+                self.assertIn(f"{sign} {words}", Reader(page).text)
+                self.assertRegex(page, rf"(?s)<title>{sign} .*rel=\"icon\".*>{sign}</text></svg>")
+
+    def test_a_stopped_daemon_is_not_taken_for_a_good_one(self):
+        page = self.read(target_of(), up=False)
+        self.assertIn("\u2717 hookd is stopped", page.text)
+        self.assertNotIn(" ago", page.text)
+        self.assertNotIn("Rewritten every minute", page.text)
+
+    def test_the_page_says_when_it_was_written_and_what_its_age_means(self):
+        page = self.read(target_of())
+        self.assertRegex(page.text, r"Written \d+ September 2026, \d\d:\d\d:20 \w+ ?\. Rewritten "
+                                    "every minute: if this is older, hookd is not running")
+        self.assertEqual(page.times[0]["datetime"], "2026-09-21T14:13:20Z")
+
+    def test_a_date_is_words_with_the_exact_time_behind_them(self):
+        table = ((0, "0 seconds ago"), (1, "1 second ago"), (119.9, "119 seconds ago"),
+                 (120, "2 minutes ago"), (7199, "119 minutes ago"), (7200, "2 hours ago"),
+                 (172799, "47 hours ago"), (172800, "2 days ago"), (40 * 86400, "40 days ago"),
+                 (-5, "0 seconds ago"))
+        for past, words in table:
+            with self.subTest(words):
+                time_element = Reader(hookd.moment(NOW - past, NOW))
+                self.assertEqual(time_element.text, words)
+                self.assertRegex(time_element.times[0]["title"],
+                                 r"^[1-9]\d? \w+ 2026, [\d:]{8} \w+$")
+                self.assertRegex(time_element.times[0]["datetime"], r"^2026-[\d-]+T[\d:]{8}Z$")
+
+    def test_each_target_links_to_its_newest_run_and_what_failed_comes_first(self):
+        targets = (target_of(12), target_of(9, "refs/heads/dev", state="failed"),
+                   target_of(14, "refs/tags/v1", repo="octo/shop", running=15, waiting=[16, 17]))
+        newest = [run_of(17, "queued", began=None, ended=None, duration=None, exit=None),
+                  run_of(15, "running", ended=None, duration=None, exit=None), run_of(14)]
+        snapshot = snapshot_of(*targets)
+        page = Reader(hookd.page_html(snapshot._replace(runs=[*snapshot.runs[:2], newest])))
+        links = [one for one in page.links if one.startswith("#")]
+        self.assertEqual(links, ["#run-9", "#run-12", "#run-17"])
+        self.assertLessEqual({one[1:] for one in links}, set(page.ids))
+        self.assertEqual(len(page.ids), len(set(page.ids)))
+        self.assertIn("octo/shop tags/v1", page.text)
+        self.assertIn("run 15 is running \u00b7 2 waiting", page.text)
+
+    def test_a_state_is_a_word_and_a_sign_besides_its_colour(self):
+        states = ("ok", "failed", "timeout", "interrupted", "cancelled", "superseded", "queued",
+                  "running")
+        runs = [run_of(number, state) for number, state in enumerate(states)]
+        text = self.read(target_of(), runs=runs).text
+        for state in states:
+            self.assertRegex(text, rf"[\u2713\u2717!\u2013\u25b8\u2026] {state}\b")
+
+    def test_a_run_says_who_what_why_and_how_long(self):
+        run = run_of(12, "failed", cause="rollback", duration=125, exit=3, note="of the script")
+        text = self.read(target_of(), runs=[run]).text
+        for words in (sha(12)[:7], "Fix the menu", "run 12 \u00b7 rollback \u00b7 by mona",
+                      "took 2 minutes", "exit 3", "of the script", "5 minutes ago"):
+            self.assertIn(words, text)
+
+    def test_unknown_facts_are_left_out(self):
+        nothing = dict.fromkeys(("commit", "subject", "pusher", "began", "ended", "duration",
+                                 "exit", "note", "cause"))
+        page = self.read(target_of(None, state=None, waiting=[3], **nothing),
+                         runs=[run_of(3, "queued", **nothing)])
+        self.assertNotIn("None", page.text)
+        self.assertIn("#run-3", page.links)
+
+    def test_output_is_shown_as_text_without_colour_codes(self):
+        page = self.read(target_of(), output={12: "\x1b[1;31mred\x1b[0m\n\tx\x1b]0;t\x07\r\ny"})
+        self.assertIn("details", page.tags)
+        self.assertRegex(page.text, r"red x\\x1b\]0;t\\x07 y")
+        self.assertNotIn("details", self.read(target_of()).tags)
+
+    def test_what_strangers_wrote_stays_text(self):
+        target = target_of(3, f"refs/heads/{EVIL[:-1]}", subject=EVIL, pusher=EVIL, paused=EVIL,
+                           state="failed")
+        snapshot = snapshot_of(target, runs=[run_of(3, "failed", subject=EVIL, pusher=EVIL,
+                                                    note=EVIL)], output={3: EVIL})
+        page = hookd.page_html(snapshot)
+        reader = Reader(page)
+        self.assertNotIn("script", reader.tags)
+        self.assertNotIn("img", reader.tags)
+        self.assertGreaterEqual(reader.text.count("<script>alert(1)</script><img src=//evil"), 7)
+        self.assertTrue(page.isascii() or not re.search(
+            "[\0-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page))
+        ElementTree.fromstring(hookd.badge_svg(target))
+
+    def test_the_page_fetches_and_runs_nothing(self):
+        page = hookd.page_html(snapshot_of(target_of(), output={12: "x"}))
+        reader = Reader(page)
+        self.assertEqual(set(reader.tags), {
+            "html", "meta", "title", "link", "style", "main", "h1", "h2", "b", "i", "p", "ul", "ol",
+            "li", "div", "a", "code", "bdi", "time", "details", "summary", "pre"})
+        for link in reader.links:
+            self.assertRegex(link, r"^(#run-\d+|badge/octo/site/main\.svg|data:image/svg\+xml,)")
+        self.assertIn("default-src 'none'", page)
+        self.assertNotRegex(page, "@import|url\\(|refresh")
+
+    def test_a_badge_is_an_image_with_a_title(self):
+        space = "{http://www.w3.org/2000/svg}"
+        for state in ("ok", "failed", "timeout", "interrupted", "cancelled", None):
+            for branch in ("main", "a" * 200, "\u4e2d\u6587/\u5206\u652f", "<&>\"'"):
+                with self.subTest(state=state, branch=branch):
+                    text = hookd.badge_svg(target_of(12, f"refs/heads/{branch}", state=state))
+                    image = ElementTree.fromstring(text)
+                    word = state or "no run yet"
+                    self.assertEqual(image.get("role"), "img")
+                    self.assertEqual(image.find(f"{space}title").text, image.get("aria-label"))
+                    self.assertEqual(image.get("aria-label"), f"octo/site {branch[:40]}: {word}")
+                    self.assertEqual([one.text for one in image.iter(f"{space}text")],
+                                     [branch[:40], word])
+
+    def test_metrics_have_help_type_and_each_line_once(self):
+        targets = (target_of(12, state="failed", paused="x", waiting=[13, 14]),
+                   target_of(9, "refs/tags/main", duration=None),
+                   target_of(None, "refs/heads/main", repo="octo/new", state=None),
+                   target_of(5, 'refs/heads/a"\\\nb', repo="Octo/Shop", state=None))
+        totals = [("octo/site", "main", "ok", 7, NOW - 900),
+                  ("octo/site", "main", "failed", 1, NOW), ("octo/site", "gone", "ok", 1, NOW)]
+        text = hookd.metrics_text(snapshot_of(*targets, totals=totals))
+        values = {}
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                self.assertNotIn(name, values)
+                values[name] = float(value)
+                base = name.partition("{")[0]
+                self.assertRegex(text, rf"# HELP {base} .+\n# TYPE {base} (gauge|counter)\n")
+        main = '{repo="octo/site",branch="main"}'
+        for name, value in (
+                ("hookd_up", 1), ("hookd_page_written_timestamp_seconds", NOW),
+                ('hookd_runs_total{repo="octo/site",branch="main",state="ok"}', 7),
+                ('hookd_runs_total{repo="octo/site",branch="main",state="failed"}', 1),
+                (f"hookd_last_run_duration_seconds{main}", 8.25),
+                (f"hookd_last_success_timestamp_seconds{main}", NOW - 900),
+                ('hookd_last_success_timestamp_seconds{repo="octo/site",branch="gone"}', None),
+                (f"hookd_waiting{main}", 2), (f"hookd_paused{main}", 1),
+                ('hookd_paused{repo="octo/shop",branch="a\\"\\\\\\nb"}', 0)):
+            self.assertEqual(values.get(name), value, f"{name}\n{text}")
+        self.assertIn("\nhookd_up 0\n", hookd.metrics_text(snapshot_of(up=False)))
+
+
+class PageFiles(Case):
+    """How the page gets into its directory."""
+
+    def write(self, *targets, **more):
+        hookd.write_page(str(self.home), snapshot_of(*targets, **more))
+
+    def files(self):
+        return sorted(str(one.relative_to(self.home)) for one in self.home.rglob("*")
+                      if one.is_file())
+
+    def test_every_file_is_there(self):
+        targets = (target_of(), target_of(3, "refs/heads/dev", repo="octo/shop"),
+                   target_of(None, "refs/heads/new", state=None))
+        self.write(*targets)
+        self.assertEqual(self.files(), [
+            "badge/octo/shop/dev.svg", "badge/octo/site/main.svg", "badge/octo/site/new.svg",
+            "index.html", "metrics.prom", "status.json"])
+        self.assertEqual(json.loads((self.home / "status.json").read_text()), list(targets))
+
+    def test_a_file_is_replaced_by_a_rename_and_only_when_it_changes(self):
+        self.write(target_of())
+        with open(self.home / "index.html") as reader:
+            self.write(target_of(state="failed"))
+            self.assertIn("1 of 1 targets ok", reader.read())  # a reader keeps what it opened
+        self.assertIn("0 of 1 targets ok", (self.home / "index.html").read_text())
+        files = self.files()
+        before = [(self.home / name).stat().st_mtime_ns for name in files]
+        self.write(target_of(state="failed"))
+        self.assertEqual([(self.home / name).stat().st_mtime_ns for name in files], before)
+        self.assertEqual(self.files(), files)
+
+    def test_badges_of_branches_that_are_gone_are_removed_and_nothing_else(self):
+        foreign = {"badge/mine.svg": "<svg/>", "badge/octo/site/notes.txt": "x",
+                   "badge/octo/site/other.svg": "<svg>mine</svg>", "mine.html": "x"}
+        self.write(target_of(), target_of(3, "refs/heads/dev"), target_of(4, repo="octo/shop"))
+        for name, text in foreign.items():
+            (self.home / name).write_text(text)
+        (self.home / "badge/octo/site/link.svg").symlink_to("main.svg")
+        self.write(target_of())
+        self.assertEqual(self.files(), sorted([
+            *foreign, "badge/octo/site/link.svg", "badge/octo/site/main.svg", "index.html",
+            "metrics.prom", "status.json"]))
+        self.assertFalse((self.home / "badge/octo/shop").exists())
+
+    def test_a_planted_link_is_not_followed(self):
+        precious = self.home / "precious"
+        precious.write_text("keep")
+        for name in ("index.html.new", "metrics.prom.new"):
+            (self.home / name).symlink_to(precious)
+        (self.home / "status.json").symlink_to(precious)
+        self.write(target_of())
+        self.assertEqual(precious.read_text(), "keep")
+        self.assertFalse((self.home / "status.json").is_symlink())
+        self.assertFalse((self.home / "index.html.new").is_symlink())
+
+    def test_a_directory_that_is_missing_is_not_made(self):
+        with self.assertRaises(FileNotFoundError):
+            hookd.write_page(str(self.home / "missing"), snapshot_of())
+        self.assertFalse((self.home / "missing").exists())
+
+    def test_a_page_on_which_nothing_changes_is_written_again(self):
+        script = self.home / "heartbeat.py"
+        script.write_text(HEARTBEAT)
+        self.assertEqual(run_script(script), "3 True\n")
+
+    def test_a_burst_is_written_at_most_once_a_second_and_ends_with_the_newest(self):
+        state, written = [0], []
+
+        def write():
+            written.append((time.monotonic(), state[0]))
+            return False
+
+        messenger = hookd.Messenger(print, write)
+        started = time.monotonic()
+        while time.monotonic() - started < 2.5:
+            state[0] += 1
+            messenger.show()
+            time.sleep(0.002)
+        messenger.close(PATIENCE)
+        self.assertEqual(written[-1][1], state[0])
+        for (before, _), (after, _) in zip(written, written[1:-1]):  # the last is that of a stop
+            self.assertGreaterEqual(after - before, 0.99)
+        self.assertGreaterEqual(len(written), 3)
+        wait_for(lambda: not messenger.threads, "the thread to end")
+
+
+class Reports(ReportCase):
+    """Commit statuses, as a forge sees them from a real daemon."""
+
+    def report_to(self, forge, *sections, **keys):
+        return self.serve(*sections, report_token=TOKEN, report_api=forge.api, **keys)
+
+    def wait_for_states(self, daemon, forge, *states):
+        daemon.wait(lambda: len(forge.taken) >= len(states), f"{len(states)} reports")
+        self.assertEqual(forge.states(), list(states))
+
+    def test_a_run_is_shown_on_the_commit_that_it_deploys(self):
+        forge, origin = self.forge(), self.repository()
+        commit = origin.commit(index="one")
+        daemon = self.report_to(forge, hook(NOTE, git=origin.path),
+                                report_url="https://x.test/{repo}/{slug}#run-{run}")
+        self.assert_answer(daemon.push(commit=sha("claimed")), 202)
+        self.wait_for_states(daemon, forge, "pending", "success")
+        for status in forge.taken:
+            self.assertEqual(status.path, f"/api/v3/repos/octo/site/statuses/{commit}")
+            self.assertEqual(status.body["context"], "hookd/main")
+            self.assertEqual(status.body["target_url"], "https://x.test/octo/site/main#run-1")
+            self.assertTrue(0 < len(status.body["description"]) <= 140, status.body)
+            self.assertEqual(status.headers["Authorization"], f"token {TOKEN}")
+
+    def test_pending_is_told_while_the_command_runs(self):
+        forge = self.forge()
+        daemon = self.report_to(forge, hook(GATE))
+        daemon.push()
+        self.wait_for_states(daemon, forge, "pending")
+        daemon.open_gate()
+        self.wait_for_states(daemon, forge, "pending", "success")
+
+    def test_how_a_run_ended_is_the_state_of_the_commit(self):
+        forge = self.forge()
+        daemon = self.report_to(forge, hook("exit 2", "fails"), hook("sleep 60", "stuck"),
+                                hook("sleep 60", "hangs", timeout="1s"), jobs=3)
+        for branch in ("fails", "hangs", "stuck"):
+            self.assert_answer(daemon.push(branch, sha(branch)), 202)
+        daemon.wait_for_run(3)
+        self.assertEqual(daemon.hookd("cancel", "3").code, 0)
+        for branch, state in (("fails", "failure"), ("hangs", "failure"), ("stuck", "error")):
+            with self.subTest(branch):
+                daemon.wait(lambda: len(forge.states(sha(branch))) == 2, branch)  # noqa: B023
+                self.assertEqual(forge.states(sha(branch)), ["pending", state])
+
+    def test_a_run_that_is_cut_off_twice_is_an_error_on_the_commit(self):
+        forge = self.forge()
+        daemon = self.report_to(forge, hook('echo begun >> "$HOME/begun"; sleep 60'))
+        daemon.push()
+        for times in (1, 2):
+            daemon.wait(lambda: daemon.read("begun").count("begun") == times, "the run")  # noqa: B023
+            daemon.kill()
+            daemon.start()
+        daemon.wait(lambda: forge.states()[-1:] == ["error"], "the error")
+        self.assertEqual(set(forge.states()[:-1]), {"pending"})
+
+    def test_what_fails_before_the_commit_is_known_is_shown_on_the_pushed_one(self):
+        forge, origin = self.forge(), self.repository()
+        origin.commit(index="one")
+        daemon = self.report_to(forge, hook(NOTE, "*", git=origin.path))
+        daemon.push("nobranch", sha("pushed"))
+        daemon.wait(lambda: forge.states()[-1:] == ["failure"], "the failure")
+        self.assertEqual({one.path.rpartition("/")[2] for one in forge.taken}, {sha("pushed")})
+
+    def test_runs_that_never_began_and_deletions_show_nothing(self):
+        forge = self.forge()
+        daemon = self.report_to(forge, hook(GATE, "main", on_delete="true"))
+        daemon.push(commit=sha("first"))
+        daemon.wait_for_run(1)
+        self.assert_answer(daemon.push(commit=sha("second")), 202)
+        self.assert_answer(daemon.push(commit=sha("third")), 202, "in place of")
+        self.assert_answer(daemon.push(commit=sha("skipped"), head_commit={
+            "id": sha("skipped"), "message": "Tidy [skip deploy]"}), 200)
+        daemon.open_gate()
+        daemon.settle()
+        self.assert_answer(daemon.post(deletion_of("main")), 202)
+        daemon.settle()
+        daemon.push(commit=sha("last"), created=True)
+        daemon.wait(lambda: len(forge.states(sha("last"))) == 2, "the last reports")
+        self.assertEqual(forge.states(), ["pending", "success"] * 3)
+        self.assertEqual([forge.states(sha(name)) for name in ("second", "skipped")], [[], []])
+
+    def test_a_restart_in_the_middle_leaves_no_commit_pending(self):
+        for name, kill in (("a crash", True), ("a stop", False)):
+            with self.subTest(name):
+                home = self.home / name.replace(" ", "-")
+                home.mkdir()
+                self.home, outer = home, self.home
+                forge = self.forge()
+                daemon = self.report_to(forge, hook(GATE))
+                daemon.push()
+                self.wait_for_states(daemon, forge, "pending")
+                forge.always = 503
+                daemon.open_gate()
+                daemon.settle()
+                daemon.wait(lambda: len(forge.taken) > 1, "a try in vain")  # noqa: B023
+                daemon.kill() if kill else daemon.stop()
+                before, forge.always = len(forge.taken), 201
+                daemon.start()
+                daemon.wait(lambda: len(forge.taken) > before, "the report")  # noqa: B023
+                self.assertEqual(forge.states()[-1], "success")
+                self.home = outer
+
+    def test_the_token_may_lie_in_a_file(self):
+        forge = self.forge()
+        (self.home / "token").write_text(TOKEN + "\n")
+        (self.home / "token").chmod(0o600)
+        daemon = self.serve(hook("true"), report_token_file=self.home / "token",
+                            report_api=forge.api)
+        daemon.push()
+        self.wait_for_states(daemon, forge, "pending", "success")
+        self.assertEqual(forge.taken[0].headers["Authorization"], f"token {TOKEN}")
+
+    def test_without_a_token_nothing_is_sent(self):
+        forge = self.forge()
+        daemon = self.serve(hook("true"), hook("true", "dev", report_token=TOKEN),
+                            report_api=forge.api)
+        daemon.push(commit=sha("main"))
+        daemon.settle()
+        daemon.push("dev", sha("dev"))
+        daemon.wait(lambda: len(forge.taken) == 2, "the reports of dev")
+        self.assertEqual(forge.states(sha("main")), [])
+
+    def test_each_kind_of_fault_is_logged_once_with_its_remedy(self):
+        forge = self.forge(always=403)
+        daemon = self.report_to(forge, hook("true"))
+        for number in range(3):
+            daemon.push(commit=sha(number))
+            daemon.wait(lambda: len(forge.taken) == 2 * number + 2, "the reports")  # noqa: B023
+        forge.always = 401
+        daemon.push(commit=sha("last"))
+        daemon.wait_for_log("401, the forge does not know the token")
+        told = [line for line in daemon.log.splitlines() if "cannot be shown" in line]
+        self.assertEqual(len(told), 2, told)
+        self.assertIn("repo:status", told[0])
+        self.assertIn(forge.api, told[0])
+
+    def test_a_forge_that_never_answers_delays_and_changes_no_run(self):
+        forge = self.forge(always=HANG)
+        daemon = self.report_to(forge, hook(NOTE, queue="every"))
+        commits = [sha(number) for number in range(4)]
+        for commit in commits:
+            self.assert_answer(daemon.push(commit=commit), 202)
+        self.assertEqual(daemon.settled()["state"], "ok")
+        self.assertEqual(daemon.seen(), commits)
+        self.assertEqual(len(forge.taken), 1)
+        started = time.monotonic()
+        self.assertEqual(daemon.stop(), 0)
+        self.assertLess(time.monotonic() - started, 14)
+
+    def test_the_token_is_shown_nowhere(self):
+        forge = self.forge(always=403)
+        (self.home / "page").mkdir()
+        (self.home / "words").write_text(f"the token is {TOKEN}\n")
+        look = '{ env; cat /proc/[0-9]*/cmdline; } >> "$HOME/seen-by-scripts" || :'
+        daemon = self.report_to(forge, hook(f'{look}; cat "$HOME/words"; exit 1', on_failure=look),
+                                page=self.home / "page", page_output="yes")
+        daemon.push(commit=sha("a"))
+        daemon.wait(lambda: len(forge.taken) == 2, "the reports")
+        self.assertEqual(daemon.settled()["state"], "failed")
+        daemon.wait_for_log("cannot be shown")
+        daemon.wait(lambda: "***" in daemon.read("page/index.html"), "the page")
+        verbs = (("status",), ("status", "--json"), ("status", "octo/site", "main"), ("check",),
+                 ("check", "octo/site", "main"), ("log",), ("log", "1"),
+                 ("status", "octo/site", "main", "--json"))
+        told = {" ".join(verb): "".join(map(str, (x.out, x.err)))
+                for verb in verbs for x in [daemon.hookd(*verb)]}
+        told.update({"the log": daemon.log, "scripts": daemon.read("seen-by-scripts"),
+                     "ps": daemon.read(f"/proc/{daemon.process.pid}/cmdline")})
+        told.update({str(x): x.read_text() for x in (self.home / "page").rglob("*") if x.is_file()})
+        for place, text in told.items():
+            with self.subTest(place):
+                self.assertTrue(text, place)
+                self.assertNotIn(TOKEN, text)
+        daemon.stop()
+
+    def test_check_judges_the_address_and_online_the_token(self):
+        forge = self.forge(always=403)
+        for api, word in (("http://git.example.com/api/v1", "unencrypted"),
+                          ("https://github.com/octo/site", "https://api.github.com"),
+                          ("nonsense", "https://")):
+            with self.subTest(api):
+                told = self.prepare(hook("true"), report_token=TOKEN, report_api=api).hookd("check")
+                self.assertIn("report_api", told.out + told.err)
+                self.assertIn(word, told.out + told.err)
+        daemon = self.prepare(hook("true"), report_token=TOKEN, report_api=forge.api)
+        self.assertEqual(daemon.hookd("check").code, 0)
+        self.assertEqual(forge.taken, [])
+        told = daemon.hookd("check", "--online")
+        self.assertIn("repo:status", told.out + told.err)
+        self.assertNotIn(TOKEN, told.out + told.err)
+        forge.always = 422
+        told = daemon.hookd("check", "--online")
+        self.assertEqual(told.code, 0, told)
+        self.assertEqual({one.path.rpartition("/")[2] for one in forge.taken}, {"0" * 40})
+
+    def test_a_rollback_is_shown_on_the_commit_that_it_restores(self):
+        forge, origin = self.forge(), self.repository()
+        good = origin.commit(index="one")
+        daemon = self.report_to(forge, hook("! grep -q two index", git=origin.path), catch_up="no")
+        daemon.push(commit=good)
+        daemon.settle()
+        bad = origin.commit(index="two")
+        daemon.push(commit=bad)
+        daemon.wait(lambda: forge.states(bad) == ["pending", "failure"], "the failure")
+        self.assertEqual(daemon.hookd("rollback", "octo/site", "main").code, 0)
+        daemon.wait(lambda: len(forge.states(good)) == 4, "the reports of the rollback")
+        self.assertEqual(forge.states(good), ["pending", "success"] * 2)
+
+
+class Page(Case):
+    """The page's directory, as a web server sees it beside a real daemon."""
+
+    def show_page(self, *sections, **keys):
+        self.page = self.home / "page"
+        self.page.mkdir()
+        return self.prepare(*sections, page=self.page, **keys).start(umask=0o077)
+
+    def read(self, name="index.html"):
+        path = self.page / name
+        return path.read_text() if path.exists() else ""
+
+    def wait_for_text(self, daemon, text, name="index.html"):
+        daemon.wait(lambda: text in self.read(name), f"{text!r} in {name}")
+
+    def metric(self, name, **labels):
+        """Return the value of a metric, None where it is missing."""
+        pairs = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        found = re.search(rf"(?m)^{re.escape(name + (f'{{{pairs}}}' if pairs else ''))} (\S+)$",
+                          self.read("metrics.prom"))
+        return found and float(found[1])
+
+    def test_every_file_follows_a_run_from_its_start_to_its_end(self):
+        daemon = self.show_page(hook(GATE))
+        self.wait_for_text(daemon, "No run has ended yet")
+        self.assertEqual(json.loads(self.read("status.json")), [])
+        self.assertEqual(self.metric("hookd_up"), 1)
+        daemon.push()
+        self.wait_for_text(daemon, "run 1 is running")
+        daemon.open_gate()
+        self.wait_for_text(daemon, "1 of 1 targets ok")
+        reader = Reader(self.read())
+        for words in ("octo/site main", sha("commit")[:7], "Say hello", "by mona", "run 1"):
+            self.assertIn(words, reader.text)
+        self.assertEqual(json.loads(self.read("status.json")),
+                         json.loads(daemon.hookd("status", "--json").out))
+        at = {"repo": "octo/site", "branch": "main"}
+        self.assertEqual(self.metric("hookd_runs_total", **at, state="ok"), 1)
+        self.assertAlmostEqual(self.metric("hookd_last_success_timestamp_seconds", **at),
+                               time.time(), delta=PATIENCE)
+        for name in ("last_run_duration_seconds", "waiting", "paused"):
+            self.assertIsNotNone(self.metric(f"hookd_{name}", **at), name)
+        self.assertIn("octo/site main: ok", self.read("badge/octo/site/main.svg"))
+        for path in self.page.rglob("*"):  # which a web server has to read, whatever our umask
+            mode = 0o755 if path.is_dir() else 0o644
+            self.assertEqual(stat.S_IMODE(path.stat().st_mode), mode, path)
+
+    def test_a_failure_a_pause_and_what_waits_are_shown(self):
+        daemon = self.show_page(hook("exit 3"))
+        daemon.push()
+        self.wait_for_text(daemon, "0 of 1 targets ok")
+        self.assertIn("exit 3", self.read())
+        self.assertIn("octo/site main: failed", self.read("badge/octo/site/main.svg"))
+        self.assertEqual(daemon.hookd("pause", "octo/site", "main", "-m", "moving <house>").code, 0)
+        self.wait_for_text(daemon, "moving &lt;house&gt;")
+        daemon.push(commit=sha("next"))
+        self.wait_for_text(daemon, "1 waiting")
+        at = {"repo": "octo/site", "branch": "main"}
+        self.assertEqual((self.metric("hookd_waiting", **at), self.metric("hookd_paused", **at)),
+                         (1, 1))
+
+    def test_a_stop_leaves_a_page_that_says_so(self):
+        daemon = self.show_page(hook("true"))
+        daemon.push()
+        self.wait_for_text(daemon, "1 of 1 targets ok")
+        self.assertEqual(daemon.stop(), 0)
+        self.assertIn("hookd is stopped", self.read())
+        self.assertEqual(self.metric("hookd_up"), 0)
+        daemon.start()
+        self.wait_for_text(daemon, "1 of 1 targets ok")
+        self.assertEqual(self.metric("hookd_up"), 1)
+
+    def test_output_is_shown_only_when_asked_for(self):
+        for wanted in (None, "yes"):
+            with self.subTest(page_output=wanted):
+                self.home = Path(tempfile.mkdtemp(dir=self.home))
+                daemon = self.show_page(hook("seq 1 300; echo said"), page_output=wanted)
+                daemon.push()
+                self.wait_for_text(daemon, "1 of 1 targets ok")
+                lines = Reader(self.read()).text.split()
+                self.assertEqual("said" in lines, bool(wanted))
+                self.assertEqual("202" in lines, bool(wanted))
+                self.assertNotIn("200", lines)
+
+    def test_secrets_are_shown_as_stars(self):
+        secret = "a-secret-of-the-webhook"
+        (self.home / "variables").write_text("API_KEY='hunter2 hunter2'\nSHORT=abc\n")
+        daemon = self.show_page(
+            hook(f'echo "$API_KEY $SHORT {secret} https://me:pass@x.test/"',
+                 environment_file=self.home / "variables"), page_output="yes", secret=secret)
+        payload = push_of(pusher={"name": f"mona {secret}"}, head_commit={
+            "id": sha("commit"), "message": "Use hunter2 hunter2"})
+        self.assert_answer(daemon.post(payload, secret=secret), 202)
+        self.wait_for_text(daemon, "*** abc *** https://***@x.test/")
+        self.wait_for_text(daemon, "1 of 1 targets ok")
+        for text in (self.read(), self.read("status.json"), daemon.hookd("log").out,
+                     *(daemon.hookd(*verb).out for verb in (
+                         ("status",), ("status", "--json"), ("status", "octo/site", "main")))):
+            self.assertIn("***", text)
+            for hidden in ("hunter2", "me:pass", secret):
+                self.assertNotIn(hidden, text)
+
+    def test_a_missing_folder_is_told_once_and_costs_no_run(self):
+        daemon = self.serve(hook(NOTE), page=self.home / "page")
+        for number in range(3):
+            daemon.push(commit=sha(number))
+            daemon.settle()
+        daemon.wait_for_log("the page cannot be written")
+        self.page = self.home / "page"
+        self.page.mkdir()
+        daemon.push(commit=sha("last"))
+        daemon.settle()
+        self.wait_for_text(daemon, "1 of 1 targets ok")
+        self.assertEqual(daemon.log.count("the page cannot be written"), 1)
+        self.assertEqual(len(daemon.seen()), 4)
+
+    def test_totals_never_go_back(self):
+        daemon = self.show_page(hook("true"), keep=1)
+        at = {"repo": "octo/site", "branch": "main", "state": "ok"}
+        for number in range(3):
+            daemon.push(commit=sha(number))
+            daemon.settle()
+        daemon.wait(lambda: self.metric("hookd_runs_total", **at) == 3, "a total of 3")
+        daemon.kill()
+        (self.page / "metrics.prom").unlink()
+        daemon.start()
+        daemon.wait(lambda: self.metric("hookd_runs_total", **at) == 3, "the same total")
+
+    def test_a_deleted_branch_leaves_the_page_and_takes_its_badge_along(self):
+        daemon = self.show_page(hook("true", "*"))
+        for branch in ("main", "feature/x"):
+            daemon.push(branch)
+        self.wait_for_text(daemon, "2 of 2 targets ok")
+        badges = {path.name for path in (self.page / "badge/octo/site").iterdir()}
+        self.assertEqual(len(badges), 2)
+        (self.page / "badge/octo/site/mine.svg").write_text("<svg/>")
+        daemon.post(deletion_of("feature/x"))
+        self.wait_for_text(daemon, "1 of 1 targets ok")
+        self.assertNotIn("feature/x", self.read())
+        daemon.wait(lambda: {x.name for x in (self.page / "badge/octo/site").iterdir()}
+                    == {"main.svg", "mine.svg"}, "the badge to go")
+
+    def test_a_reload_turns_the_page_on_and_off(self):
+        daemon = self.serve(hook("true"))
+        self.page = self.home / "page"
+        self.page.mkdir()
+        daemon.reload(self.ini(hook("true"), page=self.page))
+        self.wait_for_text(daemon, "No run has ended yet")
+        daemon.reload(self.ini(hook("true")))
+        daemon.wait(lambda: daemon.log.count("reloaded") == 2, "the second reload")
+        daemon.push()
+        daemon.settle()
+        self.assertNotIn("octo/site", self.read())
+
+
 # ---------------------------------------------------------------- Decisions
 
 
@@ -5984,7 +7046,7 @@ class House(unittest.TestCase):
                                "README.md"})
 
 
-class Pages(Case):
+class Documents(Case):
     """hookd.ini and README.md say what hookd does."""
 
     README = HERE / "README.md"
