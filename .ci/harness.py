@@ -1,0 +1,199 @@
+"""What every check of .ci stands on: all that test_hookd.py has, and what Linux says of processes.
+
+A check takes both from here, so that it meets test_hookd in one place.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import unittest
+from contextlib import suppress
+from pathlib import Path
+
+sys.dont_write_bytecode = True
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from test_hookd import *
+
+HERE = Path(__file__).resolve().parent
+# Debian's interpreter where there is one: another's site packages would change the memory figures.
+PYTHON = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
+
+
+class Service(Daemon):
+    """A daemon that is started by the ExecStart= of hookd.service, and compiles itself each time,
+    as it does there, where it may not write beside its own file.
+    """
+
+    def spawn(self, command, sockets=(), names="", **more):
+        unit = (HERE.parent / "hookd.service").read_text()
+        line = re.search(r"(?m)^ExecStart=(?:\S*/)?python3 (.*)$", unit).group(1)
+        arguments = shlex.split(line.replace("/opt/hookd", str(HERE.parent)))
+        self.environment["PYTHONDONTWRITEBYTECODE"] = "1"
+        command = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', str(HERE.parent), PYTHON, *arguments,
+                   "-c", str(self.ini)]
+        return super().spawn(command, sockets, names, **more)
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+
+def prepare(home, *sections, kind=Daemon, variables=None, **keys):
+    """Return a daemon in a new directory that is not started; `keys` are those of [hookd]."""
+    home.mkdir(parents=True)
+    head = {"listen": "127.0.0.1:0", "state": home / "state", "log": "stderr", "secret": SECRET}
+    return kind(home, "\n".join([section("hookd", {**head, **keys}), *sections]), variables)
+
+
+def run_number(answer):
+    """Return the number in `queued run 12: ...`; fail where the answer is no 202."""
+    found = re.match(r"queued run (\d+)", answer.text)
+    if answer.status != 202 or not found:
+        raise AssertionError(f"not queued: {answer}")
+    return int(found[1])
+
+
+def sh(*command, cwd=None):
+    """Run a command that must succeed, and return what it wrote."""
+    done = subprocess.run([str(word) for word in command], cwd=cwd, stdin=subprocess.DEVNULL,
+                          env=clean_environment(), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=120, check=False)
+    if done.returncode:
+        raise AssertionError(f"{command}: {done.stdout.decode(errors='replace')}")
+    return done.stdout.decode(errors="replace").strip()
+
+
+# ---------------------------------------------------------------- What Linux says of a process
+
+
+def process_tree(root):
+    """Return the process and all its descendants."""
+    children = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    tree = [root]
+    for pid in tree:
+        tree.extend(children.get(pid, []))
+    return tree
+
+
+def pss(*pids):
+    """Return memory in MB: the processes' own pages, and their share of those they share."""
+    total = 0
+    for pid in pids:
+        with suppress(OSError):
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += int(re.search(r"(?m)^Pss: +(\d+)", rollup)[1])
+    return total / 1024
+
+
+def resident(pid, peak=False):
+    """Return the resident memory in MB, or its peak since `forget_peak`."""
+    words = "VmHWM" if peak else "VmRSS"
+    return int(re.search(rf"{words}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+
+def forget_peak(pid):
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def cpu(pid):
+    """Return the processor time of one process and its threads in seconds, to the nanosecond."""
+    return time.clock_gettime((~pid << 3) | 2)  # as clock_getcpuclockid(3) makes it
+
+
+def cpu_with_children(root):
+    """Return the processor time of a process tree, ended children included, in seconds."""
+    ticks = 0
+    for pid in process_tree(root):
+        with suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def wait_quiet(root, seconds=0.3):
+    """Wait until a process tree has used next to no processor time for so long."""
+    before = [cpu_with_children(root)]
+
+    def quiet():
+        time.sleep(seconds)  # the span that is judged
+        before.append(cpu_with_children(root))
+        return before[-1] - before[-2] < 0.02
+    wait_for(quiet, f"process {root} to become quiet")
+
+
+def handles(pid):
+    """Return the numbers of open descriptors and of threads."""
+    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+
+
+# ---------------------------------------------------------------- The machine, and running
+
+
+def install(*programs):
+    """Install Debian's packages of these names where root may; return which are there."""
+    missing = [program for program in programs if not shutil.which(program)]
+    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+        subprocess.run("apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy "
+                       "--no-install-recommends " + " ".join(missing), shell=True, check=False,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
+    present = {program for program in programs if shutil.which(program)}
+    for program in sorted(set(programs) - present):
+        print(f"skipped for want of {program}: what is measured with it", file=sys.stderr)
+    return present
+
+
+def node(script, packages, *arguments):
+    """Run a module of .ci under node with these npm packages, installed once for each list of
+    them, and return what it prints, a JSON value a line.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = cache / f"hookd-ci-{hashlib.sha256(repr(packages).encode()).hexdigest()[:16]}"
+    if not (place / "node_modules" / ".package-lock.json").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "package.json").write_text('{"type": "module"}')
+        sh("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--save-exact",
+           "--loglevel=error", *packages, cwd=place)
+    shutil.copy(HERE / script, place)
+    done = subprocess.run(["node", place / script, *arguments], check=True, timeout=120,
+                          stdout=subprocess.PIPE)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def machine(folder):
+    """Return lines that say what was measured on what."""
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    taken = []
+    with open(folder / "sync", "wb", buffering=0) as file:
+        for _ in range(60):
+            began = time.perf_counter()
+            file.write(b"x" * 4096)
+            os.fdatasync(file.fileno())
+            taken.append(time.perf_counter() - began)
+    return (f"{time.strftime('%F')}, {os.cpu_count()} x {model[1] if model else 'cpu'}, Linux "
+            f"{os.uname().release}, {sh(PYTHON, '--version')} at {PYTHON}, load average "
+            f"{os.getloadavg()[0]:.1f}\nstate on {sh('df', '--output=fstype', folder).split()[-1]}"
+            f", fdatasync of 4 KB {statistics.median(taken) * 1000:.2f} ms")
+
+
+def end_on_sigterm():
+    """Let a time limit interrupt the script, so that it ends what it started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def main(together=True):
+    """Run the calling script's tests, several at a time unless they measure."""
+    end_on_sigterm()
+    unittest.main(testLoader=Loader() if together else unittest.defaultTestLoader, verbosity=2)
