@@ -12,6 +12,7 @@ is waiting; HOOKD_TEST_JOBS=1 runs one after the other, HOOKD_TEST_KEEP=1 keeps 
 
 import ast
 import collections
+import ctypes
 import dataclasses
 import email.utils
 import hashlib
@@ -59,6 +60,7 @@ SECRET = "it's a secret to everybody"
 PATIENCE = 40.0  # seconds after which a condition that has not come true fails its test
 JOBS = int(os.environ.get("HOOKD_TEST_JOBS", "10"))
 NOBODY = 65534
+WAITING = {"queued", "running"}
 ZERO = "0" * 40
 
 
@@ -169,6 +171,8 @@ def read_answer(stream):
 
 PYTHON = shlex.quote(sys.executable)
 NOTE = 'echo "$HOOKD_COMMIT" >> "$HOME/seen"'  # a command: leave word of the commit
+NAME = 'echo "$HOOKD_BRANCH" >> "$HOME/seen"'  # a command: leave word of the branch
+BEGUN = 'echo $$ >> "$HOME/begun"'  # a command: leave word that the script began
 GATE = 'until [ -e "$HOME/gate" ]; do sleep 0.05; done'  # a command: until the test opens it
 BRIEFLY = "sleep 0.3"
 DETACHED = f"""\
@@ -420,7 +424,7 @@ class Daemon:
 
     def settle(self):
         """Wait until nothing runs or waits."""
-        self.wait(lambda: not {"queued", "running"} & set(self.states().values()),
+        self.wait(lambda: not WAITING & set(self.states().values()),
                   "every run to end")
 
     def settled(self, branch="main", repo="octo/site"):
@@ -479,6 +483,55 @@ class Repository:
         self.git("add", "-A")
         self.git("commit", "-q", "--allow-empty", "-m", "A change")
         return self.git("rev-parse", "HEAD")
+
+
+class Remote:
+    """A real git server on a port of its own: refusing, then `listen`, then `serve`.
+
+    `calls` counts connections, `sent` the bytes that git sent back.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.calls, self.sent, self.serving, self.held = folder, 0, 0, False, []
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))  # bound and not listening: it refuses, nobody takes it
+        self.url = f"git://127.0.0.1:{self.socket.getsockname()[1]}/origin"
+
+    def listen(self):
+        """Accept connections, and answer none before `serve`."""
+        self.socket.listen()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def serve(self):
+        """Accept connections, and answer them."""
+        self.serving = True
+        self.listen()
+
+    def accept(self):
+        with suppress(OSError):
+            while True:
+                client = self.socket.accept()[0]
+                self.calls += 1
+                if self.serving:
+                    threading.Thread(target=self.answer, args=[client], daemon=True).start()
+                else:
+                    self.held.append(client)
+
+    def answer(self, client):
+        command = ["git", "daemon", "--inetd", "--export-all", f"--base-path={self.folder}"]
+        with client, suppress(OSError), subprocess.Popen(
+                command, stdin=client, stdout=subprocess.PIPE, env=clean_environment(),
+                bufsize=0) as server:
+            for data in iter(lambda: server.stdout.read(1 << 16), b""):
+                self.sent += len(data)
+                client.sendall(data)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        for one in [self.socket, *self.held]:
+            one.close()
 
 
 class Systemd:
@@ -562,6 +615,62 @@ class Case(unittest.TestCase):
         """Wait until the remote was asked so many times more."""
         goal = daemon.read("calls").count("ls-remote") + rounds
         daemon.wait(lambda: daemon.read("calls").count("ls-remote") >= goal, "catch-up")
+
+    def serve_in(self, name, *sections, **keys):
+        """Return a daemon that answers, whose state is a folder `name` of the test's."""
+        return self.serve(*sections, state=self.home / name, **keys)
+
+    def follow(self, daemon, *arguments):
+        """Start a verb that follows its run; return it once its run is in the queue."""
+        known = len(daemon.states())
+        verb = daemon.spawn([sys.executable, str(HOOKD), "-c", str(daemon.ini), *arguments])
+        self.addCleanup(lambda: (verb.kill(), verb.wait()))
+        daemon.wait(lambda: len(daemon.states()) > known, f"{arguments} to be queued")
+        return verb
+
+    def wait_for_states(self, daemon, expected):
+        daemon.wait(lambda: daemon.states() == expected,
+                    f"states {expected}, not {daemon.states()}")
+
+    def wait_for_status(self, daemon, pattern, *of):
+        """Wait until `status` says what a regular expression describes; return its text."""
+        daemon.wait(lambda: re.search(pattern, daemon.hookd("status", *of).out),
+                    f"{pattern!r} in status, which says\n{daemon.hookd('status', *of).out}")
+
+    def reload(self, daemon, *sections, **keys):
+        """Reload with another ini and wait until it is in force."""
+        known = len(daemon.log)
+        daemon.reload(self.ini(*sections, **keys))
+        daemon.wait_for_log("reloaded", known)
+
+    def remote(self):
+        """Return the git server of this test's repositories; it refuses connections at first."""
+        remote = Remote(self.home)
+        self.addCleanup(remote.close)
+        return remote
+
+    def take(self, daemon, *table):
+        """Send deliveries, rows of (what, payload, status); wait for the end of each run."""
+        for what, payload, status in table:
+            event = "workflow_run" if "workflow_run" in payload else "push"
+            with self.subTest(what):
+                self.assert_answer(daemon.post(payload, X_GitHub_Event=event), status,
+                                   "queued" if status == 202 else "ignored")
+                daemon.settle()
+
+    def did(self, daemon, *words, code=0, says=(), **more):
+        """Run a verb, check its exit status and words; return all that it said."""
+        told = daemon.hookd(*words, **more)
+        text = told.out + told.err
+        self.assertEqual(told.code, code, (words, text))
+        self.assertNotIn("Traceback", text)
+        for word in [says] if isinstance(says, str) else says:
+            self.assertRegex(text, word)
+        return text
+
+    def history(self, daemon, branch="main"):
+        """Return what `status REPO BRANCH --json` prints."""
+        return json.loads(daemon.hookd("status", "octo/site", branch, "--json").out)
 
     def git_in(self, path, *words):
         """Run git in a folder as its owner would; return what it printed."""
@@ -1630,35 +1739,6 @@ class Judgement(Case):
         daemon.settle()
         self.assertEqual(daemon.seen(), [sha(new), sha(new)])
 
-    def test_a_replay_is_late_where_nothing_orders_the_pushes(self):
-        first, second = sha(1), sha(2)
-        begun, gone, back = {"before": ZERO}, {"before": first}, {"before": second, "forced": True}
-        pushes = (("first", "a", first, begun, 202), ("second", "b", second, gone, 202),
-                  ("the first again", "c", first, begun, 200),
-                  ("the newest again", "d", second, gone, 202),
-                  ("forced back", "e", first, back, 202),
-                  ("forward again", "f", second, {**gone, "pusher": {"name": "hubot"}}, 202))
-        for name, repository in (("no time", repository_of()),
-                                 ("one second", repository_of(pushed_at=1_700_000_000))):
-            daemon = self.serve(hook(NOTE), state=self.home / name)
-            for act, delivery, commit, fields, status in pushes:
-                with self.subTest(name, act=act):
-                    payload = push_of(commit=commit, repository=repository, **fields)
-                    self.assert_answer(daemon.post(payload, X_GitHub_Delivery=delivery), status)
-                    daemon.settle()
-            daemon.stop()
-        taken = [commit for _, _, commit, _, status in pushes if status == 202]
-        self.assertEqual(daemon.seen(), taken * 2)
-
-    def test_a_push_that_touches_none_of_the_paths_makes_no_other_late(self):
-        daemon = self.serve(hook(NOTE, paths="docs/*"))
-        for when, path, status in ((20, "src/a", 200), (10, "docs/a", 202)):
-            changes = {"added": [path], "removed": [], "modified": []}
-            self.assert_answer(daemon.push(commit=sha(when), commits=[changes],
-                                           repository=repository_of(pushed_at=when)), status)
-        daemon.settle()
-        self.assertEqual(daemon.seen(), [sha(10)])
-
     def test_paths_decide_by_what_the_push_touched(self):
         daemon = self.serve(hook("true", paths="docs/*\n*.md"))
         for name, changes, status in PATHS:
@@ -1846,15 +1926,6 @@ class Meaning(Case):
             run = {"head_commit": {"id": sha("commit"), "message": message}}
             answer = daemon.post(workflow_run_of(run=run), X_GitHub_Event="workflow_run")
             self.assert_answer(answer, status)
-
-    def test_a_push_that_is_skipped_makes_no_other_late(self):
-        daemon = self.serve(hook(NOTE))
-        for when, message, status in ((20, "[skip deploy]", 200), (10, "Fix", 202)):
-            payload = push_of(commit=sha(when), repository=repository_of(pushed_at=when),
-                              head_commit={"id": sha(when), "message": message})
-            self.assert_answer(daemon.post(payload), status)
-        daemon.settle()
-        self.assertEqual(daemon.seen(), [sha(10)])
 
     def test_a_deletion_cancels_what_waits_and_lifts_the_pauses_of_its_branch(self):
         for answered, keys in ((200, {}), (202, {"on_delete": 'echo gone >> "$HOME/gone"'})):
@@ -2801,6 +2872,288 @@ rm "$HOME/in.$HOOKD_BRANCH"
         self.assertNotEqual(daemon.hookd("log", "2").code, 0)
 
 
+class Beginning(Case):
+    """Which waiting run begins next, and which one a push may take the place of."""
+
+    def test_verbs_begin_first_then_exact_branches_then_patterns_oldest_first(self):
+        """A preview, or the order of arrival alone, decides what production waits for."""
+        daemon = self.serve(hook(GATE, "hold"), hook(NAME), hook(NAME, "dev"), hook(NAME, "p/*"),
+                            jobs=1)
+        for branch in ("hold", "p/a", "p/b", "main", "dev"):
+            daemon.push(branch)
+        self.follow(daemon, "run", "octo/site", "p/c")
+        self.follow(daemon, "run", "octo/site", "dev")
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(daemon.seen(), ["p/c", "dev", "main", "dev", "p/a", "p/b"])
+
+    def test_previews_never_hold_production_up(self):
+        """Patterns fill every job: a push to production waits for the end of a preview."""
+        daemon = self.serve(hook(NAME), hook(GATE, "*"), jobs=3)
+        for number in range(5):
+            daemon.push(f"p{number}")
+        daemon.wait(lambda: list(daemon.states().values()).count("running") == 2, "two previews")
+        daemon.push("main")
+        daemon.wait_for("seen")
+        daemon.wait(lambda: daemon.states()[6] == "ok", "production")
+        self.assertEqual([daemon.states()[number] for number in range(1, 6)],
+                         ["running"] * 2 + ["queued"] * 3)
+
+    def test_the_last_job_is_kept_from_patterns_though_an_exact_branch_has_the_others(self):
+        """One long production run and one preview fill two jobs; the next exact branch waits."""
+        daemon = self.serve(hook(GATE), hook(NAME, "dev"), hook(GATE, "*"), jobs=2)
+        daemon.push("main")
+        daemon.wait_for_run(1)
+        daemon.push("preview")
+        daemon.push("dev")
+        self.wait_for_states(daemon, {1: "running", 2: "queued", 3: "ok"})
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(set(daemon.states().values()), {"ok"})
+
+    def test_a_person_may_have_the_last_job_for_a_pattern(self):
+        """What a verb asked for is held back as if a push had asked for it."""
+        daemon = self.serve(hook(GATE), hook(NAME, "*"), jobs=2)
+        daemon.push("main")
+        daemon.wait_for_run(1)
+        verb = self.follow(daemon, "run", "octo/site", "preview")
+        self.assertEqual(verb.wait(PATIENCE), 0)
+        self.assertEqual(daemon.states()[1], "running")
+
+    def test_a_deletion_cancels_what_waits(self):
+        """A deleted branch is deployed after all; without `on_delete` the deletion is forgotten."""
+        daemon = self.serve(hook(GATE, "topic"), hook(GATE, "other", on_delete=NAME))
+        for number, branch in ((1, "topic"), (3, "other")):
+            with self.subTest(branch):
+                daemon.push(branch)
+                daemon.wait_for_run(number)
+                daemon.push(branch, sha("waits"))
+                daemon.post(deletion_of(branch))
+                daemon.wait(lambda at=number + 1: daemon.states()[at] == "cancelled", "the end")
+                self.assertEqual(daemon.states()[number], "running")
+        daemon.open_gate()
+        daemon.wait(lambda: not WAITING & set(daemon.states().values()), "every run to end")
+        self.assertEqual(daemon.seen(), ["other"])
+
+    def test_runs_whose_folders_were_removed_still_end(self):
+        """What cannot begin, or end, stays in the queue for ever and keeps its target."""
+        daemon = self.serve(hook(f"{GATE}\n{NOTE}"))
+        daemon.push(commit=sha(1))
+        daemon.wait_for_run(1)
+        daemon.push(commit=sha(2))
+        shutil.rmtree(daemon.state / "runs")
+        daemon.open_gate()
+        daemon.settle()
+        daemon.push(commit=sha(3))
+        daemon.settle()
+        self.assertEqual(daemon.seen()[-1], sha(3))
+        self.assertEqual((daemon.seen()[0], daemon.states()[3]), (sha(1), "ok"))
+
+
+class Order(Case):
+    """A late, repeated or replayed delivery never brings old code back, and no push is lost."""
+
+    def test_pushes_count_after_the_event_was_changed(self):
+        """Ids of workflow runs and times share a scale: every later push is late for ever."""
+        daemon = self.serve(hook(NOTE, event="workflow_run"))
+        self.take(daemon, ("checked", workflow_run_of(sha(1), run={"id": 17 * 10 ** 9}), 202))
+        self.reload(daemon, hook(NOTE))
+        self.take(daemon, ("pushed", push_of(commit=sha(2)), 202))
+        self.reload(daemon, hook(NOTE, event="workflow_run"))
+        self.take(daemon, ("checked again", workflow_run_of(sha(3), run={"id": 3}), 202))
+        self.assertEqual(daemon.seen(), [sha(1), sha(2), sha(3)])
+
+    def test_two_pushes_that_no_time_orders_are_ordered_by_what_they_began_from(self):
+        """Of two pushes of one second, or without a time, the older goes live: it came last."""
+        for name, repository in (("one second", repository_of(pushed_at=1_700_000_000)),
+                                 ("no time", repository_of())):
+            first = push_of(before=sha(0), commit=sha(1), repository=repository)
+            newer = push_of(before=sha(1), commit=sha(2), repository=repository)
+            back = push_of(before=sha(2), commit=sha(1), forced=True, repository=repository)
+            daemon = self.serve_in(name, hook(NOTE, "*"))
+            self.take(daemon, (f"{name}: the newer", newer, 202), ("the older, late", first, 200),
+                      ("the newer again", newer, 202), ("forced back", back, 202),
+                      ("the newer, replayed", newer, 200))
+            daemon.stop()
+        self.assertEqual(daemon.seen(), [sha(2), sha(2), sha(1)] * 2)
+
+    def test_tags_that_share_a_directory_are_in_one_order_and_branches_in_their_own(self):
+        """v1, delivered again after v2, brings v1 back; or one branch makes another late."""
+        daemon = self.serve(hook(NAME, "refs/tags/v*", directory=self.home / "live"),
+                            hook(NAME, "*"))
+
+        def tag(name, when):
+            return push_of(ref=f"refs/tags/{name}", commit=sha(name), before=ZERO, created=True,
+                           repository=repository_of(pushed_at=when))
+        self.take(daemon, ("v1", tag("v1", 10), 202), ("v2", tag("v2", 20), 202),
+                  ("v1 again", tag("v1", 10), 200), ("v2 again", tag("v2", 20), 202),
+                  ("dev", push_of("dev", repository=repository_of(pushed_at=20)), 202),
+                  ("main, older", push_of(repository=repository_of(pushed_at=10)), 202))
+        self.assertEqual(daemon.seen(), ["v1", "v2", "v2", "dev", "main"])
+
+    def test_a_replay_is_known_by_its_signature_whatever_was_forgotten(self):
+        """Under another delivery id, or once `keep` forgot its run, an old body rolls back."""
+        for name, repository in (("no time", repository_of()),
+                                 ("one second", repository_of(pushed_at=1_700_000_000))):
+            daemon = self.serve_in(name, hook(NOTE, "*"), keep=2)
+            bodies = [push_of(commit=sha(at), before=sha(("elsewhere", at)), repository=repository)
+                      for at in range(6)]
+            for number, body in enumerate(bodies):
+                self.assert_answer(daemon.post(body, X_GitHub_Delivery=f"d{number}"), 202)
+                daemon.settle()
+            daemon.kill()
+            daemon.start()
+            for number in (0, 4):
+                for delivery in (f"d{number}", "another"):
+                    with self.subTest(name, body=number, delivery=delivery):
+                        self.assert_answer(daemon.post(bodies[number], X_GitHub_Delivery=delivery),
+                                           200, "ignored")
+            for delivery in ("d5", "another"):
+                with self.subTest(name, newest=delivery):
+                    self.assert_answer(daemon.post(bodies[5], X_GitHub_Delivery=delivery), 202)
+                    daemon.settle()
+            daemon.stop()
+        self.assertEqual(daemon.seen(), [sha(at) for at in (0, 1, 2, 3, 4, 5, 5, 5)] * 2)
+
+    def test_a_push_that_was_passed_over_makes_no_other_late(self):
+        """After a push without a touched path, or with `skip`, GitHub's Redeliver does nothing."""
+        daemon = self.serve(hook(f"{NOTE}\nfalse", "*", paths="docs/*"))
+        for timed in (True, False):
+            for path, message in (("src/a", "Say hello"), ("docs/a", "[skip deploy]")):
+                branch = f"{path[:3]}-{timed}"
+                failed = self.touching(branch, 1, timed, "docs/a", "Break it")
+                self.take(daemon, (f"{branch} fails", failed, 202),
+                          ("passed over", self.touching(branch, 2, timed, path, message), 200),
+                          (f"{branch} again", failed, 202))
+        self.assertEqual(len(daemon.seen()), 8)
+
+    def touching(self, branch, number, timed, path, message):
+        """Return the push of a commit that touches a path."""
+        changes = {"id": sha(number), "added": [path], "removed": [], "modified": []}
+        times = {"pushed_at": 1_700_000_000 + number} if timed else {}
+        return push_of(branch, sha((branch, number)), before=sha((branch, number - 1)),
+                       commits=[changes], head_commit={**changes, "message": message},
+                       repository=repository_of(**times))
+
+    def test_a_branch_made_again_keeps_its_preview(self):
+        """A deletion that comes late, or again, removes the preview that is live."""
+        seconds = [{"repository": repository_of(pushed_at=1_700_000_000 + at)} for at in range(3)]
+
+        def made(branch, number, second):
+            return push_of(branch, sha(number), before=ZERO, created=True, **seconds[second])
+        late = deletion_of("a", before=sha(1), **seconds[1])
+        gone = deletion_of("b", before=sha(3), **seconds[1])
+        old = push_of("b", sha(4), before=sha(3), **seconds[0])
+        for queue in ("newest", "every"):
+            daemon = self.serve_in(queue, hook(NOTE, "*", queue=queue,
+                                               on_delete='echo gone >> "$HOME/seen"'))
+            self.take(daemon, (f"{queue}: made", made("a", 1, 0), 202),
+                      ("made again", made("a", 2, 1), 202),
+                      ("deleted in that second, but earlier", late, 200),
+                      ("another made", made("b", 3, 0), 202), ("deleted", gone, 202),
+                      ("a push from before that", old, 200),
+                      ("made again after that", made("b", 5, 2), 202),
+                      ("the deletion again", gone, 200))
+            daemon.stop()
+        self.assertEqual(daemon.seen(), [sha(1), sha(2), sha(3), "gone", sha(5)] * 2)
+
+
+class Locks(Case):
+    """Two runs never work in one directory tree at the same time."""
+
+    NESTED = (("inside", "site/feature", "site/feature/login"),
+              ("around", "site/feature/login", "site/feature"),
+              ("by another text", "site/x/../feature/", "site/feature"),
+              ("behind a link", "link", "real/below"), ("around a link", "real", "link/below"),
+              ("a link to what is inside", "real", "inner"), ("two links", "link", "link-2"))
+
+    def test_directories_inside_each_other_never_overlap(self):
+        """`feature` and `feature/login` are two texts: a run works inside the tree of another."""
+        for what, first, second in self.NESTED:
+            with self.subTest(what):
+                self.check_nested(what, first, second)
+
+    def check_nested(self, what, first, second):
+        """Run in `first`, push to `second` and to a neighbour; only the neighbour may run."""
+        home = self.home / what
+        (home / "real/below").mkdir(parents=True)
+        for link, goal in (("link", "real"), ("link-2", "real"), ("inner", "real/below")):
+            (home / link).symlink_to(home / goal)
+        for name in ("gate", "begun", "overlaps"):
+            (self.home / name).unlink(missing_ok=True)
+        work = alone(f"{BEGUN}\n{GATE}", "tree")
+        daemon = self.serve_in(f"{what}/state", hook(work, "a", directory=home / first),
+                               hook(work, "b", directory=home / second),
+                               hook(NOTE, "c", directory=home / "site/feature-2"), jobs=2)
+        known = len(daemon.log)
+        daemon.push("a")
+        daemon.wait_for("begun")
+        daemon.push("b")
+        daemon.push("c", sha(what))
+        daemon.wait(lambda: sha(what) in daemon.seen(), "the neighbour")
+        daemon.wait(lambda: daemon.targets()["octo/site", "b"]["waiting"] == [2], "run 2 to wait")
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(daemon.states(), {1: "ok", 2: "ok", 3: "ok"})
+        self.assertEqual(daemon.log[known:].count("run 2 began"), 1)
+        self.assert_never_overlapped(daemon)
+        daemon.kill()
+
+    def test_who_left_the_group_does_not_keep_the_directory_locked(self):
+        """A process that a script left behind inherits the lock: no run begins while it lives."""
+        daemon = self.serve(hook(f"{DETACHED}\n{NOTE}"))
+        daemon.push(commit=sha(1))
+        daemon.settle()
+        self.assertTrue(alive(int(daemon.read("child"))))
+        daemon.push(commit=sha(2))
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(1), sha(2)])
+
+    def test_what_escaped_a_crash_blocks_its_directory_until_it_ends(self):
+        """A run begins beside what is left of the one that a crash cut off and no mark shows."""
+        escape = (f"{BEGUN}\nif [ ! -s \"$HOME/child\" ]; then env -i HOME=\"$HOME\" setsid "
+                  f"sh -c 'echo $$ > \"$HOME/child\"; sleep 300' & {GATE}; fi\n{NOTE}")
+        daemon = self.serve(hook(escape), hook(NAME, "dev"))
+        daemon.push()
+        escaped = int(daemon.wait_for("child"))
+        daemon.kill()
+        daemon.start()
+        self.assertTrue(alive(escaped), "it must survive for this test to mean much")
+        self.wait_for_status(daemon, "(?i)lock")
+        daemon.push("dev")
+        self.assertEqual(daemon.wait_for("seen"), "dev\n")
+        self.assertEqual(daemon.states()[1], "queued")
+        os.killpg(escaped, signal.SIGKILL)
+        daemon.wait(lambda: daemon.states()[1] == "ok", "the directory to be free")
+
+    def test_a_tag_has_neither_directory_nor_lock_of_the_branch_of_its_name(self):
+        """The tag `main` and the branch `main` work in one directory, or wait for each other."""
+        daemon = self.serve(hook(f"{GATE}", "*"), hook(NOTE, "refs/tags/*"), jobs=3)
+        daemon.push("main")
+        daemon.wait_for_run(1)
+        daemon.push(ref="refs/tags/main")
+        daemon.wait_for("seen")
+        found = {entry["directory"] for entry in json.loads(daemon.hookd("status", "--json").out)}
+        self.assertEqual(len(found), 2, found)
+
+    def test_lock_files_that_were_removed_let_nobody_overlap(self):
+        """A clean-up of `locks/` lets two runs into one directory."""
+        work = self.home / "work"
+        daemon = self.serve(*(hook(alone(f"{BEGUN}\n{GATE}", "dir"), branch, directory=work)
+                              for branch in ("a", "b")), hook(NOTE, "c"))
+        daemon.push("a")
+        daemon.wait_for("begun")
+        shutil.rmtree(daemon.state / "locks")
+        daemon.push("b")
+        daemon.push("c")
+        daemon.wait_for("seen")
+        self.wait_for_states(daemon, {1: "running", 2: "queued", 3: "ok"})
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(set(daemon.states().values()), {"ok"})
+        self.assert_never_overlapped(daemon)
+
+
 # ---------------------------------------------------------------- Runs
 
 
@@ -3057,6 +3410,40 @@ class Runs(Case):
         self.assertNotRegex(daemon.wait_for("fds"), r"hookd\.db|socket:|eventpoll")
 
 
+class Surroundings(Case):
+    """The environment of a command: causes, subjects, files of secrets, and nothing of git's."""
+
+    def environment(self, daemon, name="env"):
+        return dict(line.split("=", 1) for line in daemon.read(name).split("\0") if "=" in line)
+
+    def test_nothing_that_points_git_elsewhere_is_inherited(self):
+        """Started from a git hook or direnv, hookd overwrites another checkout's work."""
+        origin, other = self.repository(), self.repository("other")
+        new = origin.commit(page="one")
+        other.commit(page="precious")
+        (other.path / "page").write_text("uncommitted")
+        pointing = {"GIT_DIR": f"{other.path}/.git", "GIT_WORK_TREE": str(other.path),
+                    "GIT_INDEX_FILE": f"{other.path}/.git/index",
+                    "GIT_OBJECT_DIRECTORY": f"{other.path}/.git/objects",
+                    "GIT_COMMON_DIR": f"{other.path}/.git", "GIT_CONFIG_COUNT": "1",
+                    "GIT_CONFIG_KEY_0": "core.bare", "GIT_CONFIG_VALUE_0": "true"}
+        daemon = self.serve(self.deploying(f'{NOTE}\nenv -0 > "$HOME/env"', catch_up="1h"),
+                            variables=pointing)
+        daemon.push()
+        self.assertEqual(daemon.settled()["commit"], new, daemon.output(1))
+        self.assertEqual(daemon.read("live/page"), "one")
+        self.assertEqual((other.path / "page").read_text(), "uncommitted")
+        local = set(other.git("rev-parse", "--local-env-vars").split())
+        self.assertEqual(local & set(self.environment(daemon)), set())
+
+    def test_what_follows_a_run_never_works_in_the_root_directory(self):
+        """`on_success` runs in `/` when the directory is gone: `rm -r *` there is fatal."""
+        daemon = self.serve(hook('rmdir "$PWD"', on_success='pwd > "$HOME/where"'))
+        daemon.push()
+        daemon.settle()
+        self.assertEqual(daemon.read("where"), f"{daemon.state}/runs/1\n")
+
+
 # ---------------------------------------------------------------- Git
 
 
@@ -3287,13 +3674,6 @@ class Git(Case):
         self.assertEqual(answer, (1, "", "no answer in time"))
         daemon.sweep()
 
-    def test_a_remote_may_be_asked_once_a_month(self):
-        self.repository().commit(page="one")
-        daemon = self.serve(self.deploying(catch_up="30d"))
-        daemon.wait_for("seen")
-        self.assertEqual(daemon.settled()["state"], "ok")
-        self.assert_answer(daemon.push(), 202)
-
     def test_a_missing_git_is_told(self):
         self.repository().commit(page="one")
         (self.home / "bin").mkdir()
@@ -3337,55 +3717,6 @@ class Git(Case):
                      "StrictHostKeyChecking=accept-new", "git@host.test"):
             self.assertIn(word, daemon.read("ssh").replace('"', ""))
 
-    def test_at_start_a_commit_that_no_run_took_is_deployed(self):
-        origin = self.repository()
-        commits = [origin.commit(page="missed")]
-        daemon = self.serve(self.deploying(catch_up="1h"))
-        self.assertEqual(daemon.wait_for("seen").split(), commits)
-        daemon.settle()
-        daemon.stop()
-        commits.append(origin.commit(page="missed again"))
-        daemon.start()
-        daemon.wait(lambda: daemon.seen() == commits, "the second commit")
-
-    def test_a_push_that_never_arrived_is_found_in_time(self):
-        origin = self.repository()
-        commits = [origin.commit(page="one")]
-        daemon = self.serve(self.deploying(catch_up="1s"))
-        daemon.wait_for("seen")
-        commits.append(origin.commit(page="two"))
-        daemon.wait(lambda: daemon.seen() == commits, "both commits")
-
-    def test_catch_up_can_be_turned_off(self):
-        self.repository().commit(page="one")
-        other = self.home / "count"
-        daemon = self.serve(self.deploying(catch_up="no"),
-                            self.deploying(f'touch "{other}"', "main", catch_up="1s").replace(
-                                "octo/site", "octo/other"))
-        daemon.wait(other.exists, "the other hook to catch up")
-        daemon.settle()
-        self.assertEqual(daemon.targets().keys(), {("octo/other", "main")})
-
-    def test_a_commit_that_failed_is_not_tried_again_and_again(self):
-        origin = self.repository()
-        broken = origin.commit(page="broken")
-        daemon = self.serve(self.deploying(NOTE + "; exit 1", catch_up="1s"),
-                            variables=self.counting_git())
-        daemon.wait_for("seen")
-        self.wait_for_rounds(daemon, 3)
-        self.assertEqual(daemon.seen(), [broken])
-
-    def test_a_remote_that_is_down_is_told_once_and_again_when_it_is_back(self):
-        daemon = self.serve(self.deploying(catch_up="1s"), variables=self.counting_git())
-        self.wait_for_rounds(daemon, 3)
-        self.assertEqual(self.told_of_origin(daemon), 1)
-        new = self.repository().commit(page="back")
-        daemon.wait(lambda: daemon.seen() == [new], "the commit after the outage")
-        self.assertEqual(self.told_of_origin(daemon), 2)
-
-    def told_of_origin(self, daemon):
-        return sum(str(self.home / "origin") in line for line in daemon.log.splitlines())
-
     def test_a_superseded_push_is_not_missed(self):
         origin = self.repository()
         origin.commit(page="one")
@@ -3424,6 +3755,420 @@ def http_server(status, headers):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class Commits(Case):
+    """Which commit is deployed, what is said of it, and what it costs to get it."""
+
+    def test_the_second_fetch_of_a_large_repository_is_small(self):
+        """Every deploy downloads the whole repository again."""
+        origin = self.repository()
+        for number in range(400):
+            (origin.path / f"file-{number}").write_bytes(os.urandom(4096))
+        origin.commit(page="one")
+        remote = self.remote()
+        remote.serve()
+        daemon = self.serve(self.deploying(git=remote.url))
+        costs = []
+        for page in ("one", "two", "three", "three"):
+            origin.commit(page=page)
+            if page == "three":
+                origin.git("commit", "-q", "--amend", "--allow-empty", "-m", "Forced")
+            before = remote.sent
+            daemon.push(commit=origin.git("rev-parse", "HEAD"))
+            self.assertEqual(daemon.settled()["state"], "ok")
+            costs.append(remote.sent - before)
+        self.assertGreater(costs[0], 1_600_000)
+        self.assertLess(max(costs[1:]), costs[0] / 20, costs)
+        self.assertEqual(daemon.read("live/page"), "three")
+
+    def test_everything_said_of_a_run_names_the_commit_that_was_deployed(self):
+        """The log names the commit that the push claimed, which may not even exist."""
+        origin = self.repository()
+        newest = origin.commit(page="one")
+        say = 'echo "$HOOKD_SUMMARY $HOOKD_COMMIT" > "$HOME/said"'
+        daemon = self.serve(self.deploying(on_success=say))
+        claimed = sha("claimed")
+        self.assert_answer(daemon.push(commit=claimed), 202, f"at {claimed[:7]}")
+        target = daemon.settled()
+        self.assertEqual((target["commit"], target["subject"]), (newest, "A change"))
+        self.assertEqual((target["last_good"], self.history(daemon)[0]["commit"]), (newest, newest))
+        daemon.wait_for_log(f"run 1 ok: octo/site main at {newest[:7]}")
+        self.assertEqual(daemon.seen(), [newest])
+        self.assertRegex(daemon.wait_for("said"), f"at {newest[:7]} .* {newest}\n")
+        self.assertIn(newest[:7], daemon.hookd("status").out)
+        named = [line for line in daemon.log.splitlines() if claimed[:7] in line]
+        self.assertEqual([line for line in named if "queued" not in line], [])
+        self.assertTrue(named)
+
+    def test_every_push_in_order_deploys_the_newest_commit(self):
+        """With `every`, an older commit goes live in between."""
+        origin, daemon = self.repository(), None
+        old = origin.commit(page="one")
+        daemon = self.serve(self.deploying(f"{NOTE}\n{GATE}", queue="every"))
+        daemon.push(commit=old)
+        daemon.wait_for("seen")
+        daemon.push(commit=origin.commit(page="two"))
+        newest = origin.commit(page="three")
+        daemon.push(commit=newest)
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [old, newest, newest])
+
+    def checked(self, daemon, commit, **run):
+        """Tell the daemon that the checks of a commit passed; return the target at the end."""
+        payload = workflow_run_of(commit, run=run)
+        self.assert_answer(daemon.post(payload, X_GitHub_Event="workflow_run"), 202)
+        return daemon.settled()
+
+    def test_what_passed_its_checks_is_deployed_and_nothing_newer(self):
+        """A red commit goes live because the one before it was green."""
+        origin = self.repository()
+        green, red = origin.commit(page="green"), origin.commit(page="red")
+        daemon = self.serve(self.deploying(event="workflow_run"))
+        self.assertEqual(self.checked(daemon, green)["commit"], green)
+        self.assertEqual((daemon.seen(), daemon.read("live/page")), ([green], "green"))
+        self.assertEqual(self.checked(daemon, red)["state"], "ok")
+        self.assertEqual((daemon.seen(), daemon.read("live/page")), ([green, red], "red"))
+
+    def test_a_check_that_passes_late_brings_no_older_commit_back(self):
+        """The slow check of an old commit, or its second run, rolls back."""
+        origin = self.repository()
+        old, new = origin.commit(page="old"), origin.commit(page="new")
+        daemon = self.serve(self.deploying(event="workflow_run"))
+        self.checked(daemon, new)
+        for run in ({"id": 5}, {"id": 99, "run_attempt": 2}):
+            target = self.checked(daemon, old, **run)
+            self.assertEqual((target["last_good"], daemon.read("live/page")), (new, "new"))
+        self.assertEqual(daemon.seen(), [new])
+
+    def test_a_checked_commit_that_the_branch_lost_is_not_deployed(self):
+        """A forced push took a commit back, and its check brings it live."""
+        origin = self.repository()
+        base, lost = origin.commit(page="base"), origin.commit(page="lost")
+        daemon = self.serve(self.deploying(event="workflow_run"))
+        self.checked(daemon, base)
+        origin.git("reset", "-q", "--hard", base)
+        self.checked(daemon, lost)
+        self.assertEqual((daemon.seen(), daemon.read("live/page")), ([base], "base"))
+
+    def test_a_tag_that_moved_is_followed(self):
+        """A fetch into a ref of our own refuses a tag that moved."""
+        origin = self.repository()
+        commits = [origin.commit(page="one"), origin.commit(page="two")]
+        daemon = self.serve(self.deploying(branch="refs/tags/v*"))
+        for commit in commits:
+            origin.git("tag", "-f", "-a", "-m", "A release", "v1", commit)
+            daemon.push(ref="refs/tags/v1", commit=commit)
+            daemon.settle()
+        self.assertEqual((daemon.seen(), daemon.read("live/page")), (commits, "two"))
+
+
+class Outage(Case):
+    """A remote that cannot be reached: the run waits, says so, and begins again."""
+
+    NEXT_TRY = r"next try at \d\d:\d\d"
+
+    def test_a_run_waits_for_a_remote_that_cannot_be_reached(self):
+        """A deploy of a minute's outage is `failed`, and nobody tries it again."""
+        self.repository().commit(page="one")
+        for name, url, words in (("refused", self.remote().url, "unable to connect"),
+                                 ("unknown", "git://host.invalid/x", ".nable to look up")):
+            with self.subTest(name):
+                daemon = self.serve_in(name, self.deploying(git=url, on_failure=NAME,
+                                                            directory=self.home / f"{name}-live"))
+                daemon.push()
+                self.wait_for_status(daemon, self.NEXT_TRY)
+                daemon.wait_for_log(f"run 1 waits 60 s: git fetch: {words}")
+                self.assertEqual(daemon.states(), {1: "queued"})
+                daemon.kill()
+                daemon.start()
+                self.wait_for_status(daemon, self.NEXT_TRY)
+                self.assertEqual((daemon.states(), daemon.seen()), ({1: "queued"}, []))
+                daemon.kill()
+
+    def test_it_is_tried_again_after_1_5_and_15_minutes_and_then_has_failed(self):
+        """A remote that is gone for good is tried for ever, or given up after a minute."""
+        newest, remote = self.repository().commit(page="one"), self.remote()
+        daemon = self.serve(self.deploying("true", git=remote.url, on_failure=NAME, catch_up="1d"))
+        daemon.push(commit=newest)
+        for minutes in (1, 5, 15):
+            with self.subTest(minutes=minutes), closing(sqlite3.connect(
+                    daemon.state / "hookd.db", isolation_level=None)) as store:
+                (later,) = daemon.wait(lambda one=store: one.execute(
+                    "SELECT not_before FROM runs WHERE not_before > ?", [time.time()]).fetchone(),
+                    "the next try")
+                self.assertAlmostEqual(later - time.time(), minutes * 60, delta=20)
+                self.assertEqual(daemon.states(), {1: "queued"})
+                daemon.stop()
+                store.execute("UPDATE runs SET not_before = 1")  # hookd was down for so long
+                daemon.start()
+        self.wait_for_states(daemon, {1: "failed"})
+        self.assertEqual(daemon.wait_for("seen"), "main\n")
+        remote.serve()
+        self.did(daemon, "pause")
+        self.did(daemon, "resume")  # catch-up asks; what never reached the remote saw nothing
+        self.wait_for_states(daemon, {1: "failed", 2: "ok"})
+
+    def test_a_remote_that_never_answers_is_tried_again(self):
+        """A remote that is silent until `timeout` ends the deploy for good."""
+        remote = self.remote()
+        remote.listen()
+        daemon = self.serve(self.deploying(git=remote.url, timeout="1s"))
+        daemon.push()
+        self.wait_for_status(daemon, self.NEXT_TRY)
+        self.assertEqual((daemon.states(), daemon.seen()), ({1: "queued"}, []))
+        daemon.wait(lambda: daemon.descendants() == [daemon.process.pid], "git to end")
+
+    def test_a_newer_push_takes_the_place_of_what_waits_for_its_remote(self):
+        """A push waits for the clock of an earlier one; it comes in less than the minute."""
+        newest = self.repository().commit(page="one")
+        remote = self.remote()
+        daemon = self.serve(self.deploying(git=remote.url))
+        daemon.push(commit=sha(1))
+        self.wait_for_status(daemon, self.NEXT_TRY)
+        remote.serve()
+        began = time.monotonic()
+        self.assert_answer(daemon.push(commit=newest), 202, "in place of run 1")
+        self.wait_for_states(daemon, {1: "superseded", 2: "ok"})
+        self.assertLess(time.monotonic() - began, 30)
+        self.assertEqual(daemon.seen(), [newest])
+
+    def test_a_newer_push_takes_the_place_of_one_whose_remote_is_being_asked(self):
+        """Two runs of a branch wait: the older one is deployed after the newer one."""
+        newest = self.repository().commit(page="one")
+        remote = self.remote()
+        remote.listen()
+        daemon = self.serve(self.deploying(git=remote.url, timeout="2s"))
+        daemon.push(commit=sha(1))
+        daemon.wait(lambda: remote.calls, "git to ask")
+        self.assert_answer(daemon.push(commit=newest), 202)
+        remote.serving = True
+        self.wait_for_states(daemon, {1: "superseded", 2: "ok"})
+
+    def test_what_waits_for_its_remote_takes_no_job(self):
+        """An unreachable remote stops every other repository."""
+        daemon = self.serve(self.deploying(git=self.remote().url), hook(NAME, "dev"), jobs=1)
+        daemon.push()
+        self.wait_for_status(daemon, self.NEXT_TRY)
+        daemon.push("dev")
+        self.assertEqual(daemon.wait_for("seen"), "dev\n")
+        self.assertEqual(daemon.states()[1], "queued")
+
+    def test_what_the_remote_refuses_is_a_failure_at_once(self):
+        """A missing branch or repository is tried for 21 minutes before anybody is told."""
+        self.repository().commit(page="one")
+        remote = self.remote()
+        remote.serve()
+        daemon = self.serve(self.deploying(git=remote.url, branch="gone"),
+                            self.deploying(git=remote.url + "-missing", branch="lost",
+                                           directory=self.home / "lost"))
+        for branch in ("gone", "lost"):
+            with self.subTest(branch):
+                daemon.push(branch)
+                self.assertEqual(daemon.settled(branch)["state"], "failed")
+
+
+class CatchUp(Case):
+    """What hookd finds for itself, and what it leaves alone."""
+
+    def test_at_start_a_commit_that_no_run_took_is_deployed(self):
+        origin = self.repository()
+        commits = [origin.commit(page="missed")]
+        daemon = self.serve(self.deploying(catch_up="1h"))
+        self.assertEqual(daemon.wait_for("seen").split(), commits)
+        daemon.settle()
+        daemon.stop()
+        commits.append(origin.commit(page="missed again"))
+        daemon.start()
+        daemon.wait(lambda: daemon.seen() == commits, "the second commit")
+
+    def test_a_push_that_never_arrived_is_found_in_time(self):
+        origin = self.repository()
+        commits = [origin.commit(page="one")]
+        daemon = self.serve(self.deploying(catch_up="1s"))
+        daemon.wait_for("seen")
+        commits.append(origin.commit(page="two"))
+        daemon.wait(lambda: daemon.seen() == commits, "both commits")
+
+    def test_a_remote_may_be_asked_once_a_month(self):
+        self.repository().commit(page="one")
+        daemon = self.serve(self.deploying(catch_up="30d"))
+        daemon.wait_for("seen")
+        self.assertEqual(daemon.settled()["state"], "ok")
+        self.assert_answer(daemon.push(), 202)
+
+    def test_catch_up_can_be_turned_off(self):
+        self.repository().commit(page="one")
+        other = self.home / "count"
+        daemon = self.serve(self.deploying(catch_up="no"),
+                            self.deploying(f'touch "{other}"', "main", catch_up="1s").replace(
+                                "octo/site", "octo/other"))
+        daemon.wait(other.exists, "the other hook to catch up")
+        daemon.settle()
+        self.assertEqual(daemon.targets().keys(), {("octo/other", "main")})
+
+    def test_a_commit_that_failed_is_not_tried_again_and_again(self):
+        origin = self.repository()
+        broken = origin.commit(page="broken")
+        daemon = self.serve(self.deploying(NOTE + "; exit 1", catch_up="1s"),
+                            variables=self.counting_git())
+        daemon.wait_for("seen")
+        self.wait_for_rounds(daemon, 3)
+        self.assertEqual(daemon.seen(), [broken])
+
+    def test_a_remote_that_is_down_is_told_once_and_again_when_it_is_back(self):
+        daemon = self.serve(self.deploying(catch_up="1s"), variables=self.counting_git())
+        self.wait_for_rounds(daemon, 3)
+        self.assertEqual(self.told_of_origin(daemon), 1)
+        new = self.repository().commit(page="back")
+        daemon.wait(lambda: daemon.seen() == [new], "the commit after the outage")
+        self.assertEqual(self.told_of_origin(daemon), 2)
+
+    def told_of_origin(self, daemon):
+        return sum(str(self.home / "origin") in line for line in daemon.log.splitlines())
+
+    def ask_again(self, daemon):
+        """Have catch-up ask twice, as `resume` does: then the first answer was taken in."""
+        for _ in range(2):
+            goal = daemon.read("calls").count("ls-remote") + 1
+            self.did(daemon, "pause", "octo/site", "other")
+            self.did(daemon, "resume", "octo/site", "other")
+            daemon.wait(lambda at=goal: daemon.read("calls").count("ls-remote") >= at, "catch-up")
+
+    def test_a_commit_that_was_passed_over_stays_so(self):
+        """Catch-up brings a skipped, cancelled or untouched commit back within the hour."""
+        origin = self.repository()
+        commits = [origin.commit(page="one")]
+        daemon = self.serve(self.deploying(f"{NOTE}\n{GATE}", catch_up="1d", paths="docs/*"),
+                            variables=self.counting_git())
+        daemon.open_gate()
+        daemon.wait(lambda: daemon.seen() == commits, "the first commit")
+        daemon.settle()
+        for path, message in (("src/a", "Say hello"), ("docs/a", "[skip deploy]")):
+            commit = origin.commit(page=message)
+            changes = {"id": commit, "added": [path], "removed": [], "modified": []}
+            self.assert_answer(daemon.push(commit=commit, commits=[changes],
+                                           head_commit={**changes, "message": message}), 200)
+            self.ask_again(daemon)
+            self.assertEqual(daemon.seen(), commits, message)
+        (self.home / "gate").unlink()
+        commits.append(origin.commit(page="cancelled"))
+        self.ask_again(daemon)
+        daemon.wait(lambda: daemon.seen() == commits, "the run to cancel")
+        self.did(daemon, "cancel", "octo/site", "main")
+        self.ask_again(daemon)
+        daemon.kill()
+        daemon.start()
+        self.ask_again(daemon)
+        self.assertEqual(daemon.seen(), commits)
+        self.assertEqual(daemon.settled()["state"], "cancelled")
+
+    def test_what_a_run_deployed_was_seen_whatever_its_push_claimed(self):
+        """A push that names another commit than it deploys is deployed twice."""
+        origin = self.repository()
+        commits = [origin.commit(page="one")]
+        daemon = self.serve(self.deploying(NOTE, catch_up="1d"), variables=self.counting_git())
+        daemon.wait_for("seen")
+        daemon.settle()
+        commits.append(origin.commit(page="two"))
+        daemon.push(commit=sha("claimed"))
+        daemon.settle()
+        self.ask_again(daemon)
+        commits.append(origin.commit(page="three"))
+        self.did(daemon, "run", "octo/site", "main")
+        self.ask_again(daemon)
+        self.assertEqual(daemon.seen(), commits)
+
+    def test_a_run_that_never_reached_the_remote_saw_nothing(self):
+        """After an outage a commit counts as seen that nobody ever fetched."""
+        newest = self.repository().commit(page="one")
+        remote = self.remote()
+        daemon = self.serve(self.deploying(git=remote.url, catch_up="1s"))
+        self.follow(daemon, "run", "octo/site", "main")
+        self.wait_for_status(daemon, Outage.NEXT_TRY)
+        self.did(daemon, "cancel", "octo/site", "main")
+        remote.serve()
+        self.assertEqual(daemon.wait_for("seen").split(), [newest])
+        entry = self.history(daemon)[0]
+        self.assertEqual((entry["cause"], entry["commit"]), ("catch-up", newest))
+
+    def test_a_pattern_only_notes_the_branches_that_are_there_at_first(self):
+        """A new `*` hook builds every branch of the repository."""
+        origin = self.repository()
+        origin.commit(page="one")
+        for number in range(5):
+            origin.commit(f"p/{number}", page=f"{number}")
+        daemon = self.serve(self.deploying(NAME, "p/*", directory=self.home / "p/{slug}",
+                                           catch_up="1s"), variables=self.counting_git())
+        self.wait_for_rounds(daemon, 2)
+        self.assertEqual(daemon.seen(), [])
+        origin.commit("p/0", page="moved")
+        origin.commit("p/new", page="new")
+        daemon.wait(lambda: len(daemon.seen()) == 2, "what is new")
+        self.wait_for_rounds(daemon, 2)
+        daemon.kill()
+        daemon.start()
+        self.wait_for_rounds(daemon, 2)
+        self.assertEqual(sorted(daemon.seen()), ["p/0", "p/new"])
+
+    def test_a_pattern_leaves_what_an_earlier_hook_takes_to_it(self):
+        """Catch-up of `*` deploys a branch that another hook owns, without its settings."""
+        origin = self.repository()
+        origin.commit(page="one")
+        daemon = self.serve(hook('echo "main: $HOOKD_BRANCH" >> "$HOME/seen"'),
+                            self.deploying(NAME, "*", directory=self.home / "p/{slug}",
+                                           catch_up="1s"), variables=self.counting_git())
+        self.wait_for_rounds(daemon, 2)
+        origin.commit(page="two")
+        origin.commit("topic", page="three")
+        daemon.wait_for("seen")
+        self.wait_for_rounds(daemon, 2)
+        self.assertEqual(daemon.seen(), ["topic"])
+
+    def test_a_reload_deploys_nothing(self):
+        """A reload asks the remotes anew: a new hook deploys before anybody pushed."""
+        asked = self.repository("asked")
+        asked.commit(page="one")
+        newest = self.repository().commit(page="one")
+        clock = self.deploying("true", "main", git=asked.path, catch_up="1s",
+                               directory=self.home / "asked-live").replace("octo/", "acme/")
+        daemon = self.serve(clock, variables=self.counting_git())
+        self.wait_for_rounds(daemon, 1)
+        new = self.deploying(NOTE, catch_up="1h")
+        self.reload(daemon, clock, new, self.deploying(NOTE, "*", catch_up="1h",
+                                                       directory=self.home / "p/{slug}"))
+        self.wait_for_rounds(daemon, 3)
+        self.assertEqual(daemon.seen(), [])
+        self.assertNotIn(f"{self.home}/origin", daemon.read("calls"))
+        daemon.kill()
+        daemon.start()
+        self.assertEqual(daemon.wait_for("seen").split(), [newest])
+
+    def test_what_a_run_by_hand_deployed_was_seen(self):
+        """The first commit of a new hook is deployed by hand, and an hour later once more."""
+        newest = self.repository().commit(page="one")
+        daemon = self.serve(hook("true", "dev"), variables=self.counting_git())
+        self.reload(daemon, self.deploying(NOTE, catch_up="1d"))
+        self.did(daemon, "run", "octo/site", "main")
+        self.ask_again(daemon)
+        self.assertEqual(daemon.seen(), [newest])
+
+    def test_a_new_hook_is_caught_up_by_the_clock(self):
+        """A hook that came with a reload waits for a restart."""
+        daemon = self.serve(hook("true", "dev"))
+        newest = self.repository().commit(page="one")
+        self.reload(daemon, self.deploying(NOTE, catch_up="1s"))
+        self.assertEqual(daemon.wait_for("seen").split(), [newest])
+
+    def test_a_start_answers_before_the_remotes_do(self):
+        """A remote that never answers delays `listening`, or the pushes of others."""
+        remote = self.remote()
+        remote.listen()
+        daemon = self.serve(self.deploying(git=remote.url, catch_up="1s"), hook(NAME, "dev"))
+        daemon.wait(lambda: remote.calls, "the remote to be asked")
+        daemon.push("dev")
+        self.assertEqual(daemon.wait_for("seen"), "dev\n")
 
 
 # ---------------------------------------------------------------- Releases
@@ -4597,22 +5342,6 @@ class Crash(Case):
         daemon.settle()
         self.assertIn(sha("kept"), daemon.seen())
 
-    def test_what_was_running_is_ended_and_runs_again_once(self):
-        command = f'echo $$ >> "$HOME/pids"\n{alone(GATE)}\n{NOTE}'
-        daemon = self.serve(hook(command))
-        daemon.push(commit=sha(1))
-        first = int(daemon.wait_for("pids"))
-        daemon.kill()
-        self.assertTrue(alive(first), "the run must survive its daemon for this test to mean much")
-        daemon.start()
-        self.wait_for_attempts(daemon, 2)
-        self.assertFalse(alive(first))
-        daemon.open_gate()
-        target = daemon.settled()
-        self.assertEqual((target["state"], target["run"]), ("ok", 1))
-        self.assertEqual(daemon.seen(), [sha(1)])
-        self.assert_never_overlapped(daemon)
-
     def wait_for_attempts(self, daemon, number):
         daemon.wait(lambda: len(daemon.read("pids").split()) == number, f"attempt {number}")
 
@@ -4708,6 +5437,312 @@ class Crash(Case):
         self.assertEqual(daemon.seen(), [sha(1), sha(2)])
 
 
+class Recovery(Case):
+    """SIGKILL at each stage of a run, and what the next start makes of it."""
+
+    def attempts(self, daemon, number):
+        """Wait until the script has begun so many times; return the ids of its shells."""
+        return daemon.wait(lambda: len(daemon.read("begun").split()) == number
+                           and [int(pid) for pid in daemon.read("begun").split()],
+                           f"attempt {number}")
+
+    def crash(self, daemon):
+        daemon.kill()
+        daemon.start()
+
+    def test_what_a_crash_left_is_dead_before_the_next_daemon_answers(self):
+        """What was cut off works on beside the next daemon, for as long as it ignores TERM."""
+        daemon = self.serve(hook(f"trap '' TERM\n{DETACHED}\n{BEGUN}\n{GATE}"))
+        daemon.push()
+        left = [*self.attempts(daemon, 1), int(daemon.read("child"))]
+        daemon.kill()
+        self.assertEqual([alive(pid) for pid in left], [True] * 2, "or this test means little")
+        began = time.monotonic()
+        daemon.start()
+        self.assertEqual([alive(pid) for pid in left], [False] * 2)
+        self.assertLess(time.monotonic() - began, 8, "a crash needs no grace")
+        self.attempts(daemon, 2)
+        daemon.open_gate()
+        self.assertEqual(daemon.settled()["state"], "ok")
+
+    def test_an_interrupted_run_is_told_once(self):
+        """A run that was cut off twice ends in silence, or tells it at each start."""
+        daemon = self.serve(hook(f"{BEGUN}\n{GATE}", on_failure='echo "$HOOKD_STATE '
+                                 '$HOOKD_SUMMARY" >> "$HOME/told"'), hook(NAME, "dev"))
+        daemon.push()
+        for number in (1, 2):
+            self.attempts(daemon, number)
+            self.crash(daemon)
+        told = daemon.wait_for("told")
+        self.assertRegex(told, "^interrupted octo/site main interrupted .*run 1")
+        self.wait_for_states(daemon, {1: "interrupted"})
+        self.crash(daemon)
+        daemon.push("dev")
+        daemon.wait_for("seen")
+        self.assertEqual((daemon.read("told"), daemon.states()[1]), (told, "interrupted"))
+        self.attempts(daemon, 2)
+        daemon.open_gate()
+        daemon.push(commit=sha("next"))
+        self.assertEqual(daemon.settled()["state"], "ok")
+
+    def test_a_crash_while_git_runs_does_not_count(self):
+        """Two crashes during the fetch end a deploy whose script never began."""
+        newest = self.repository().commit(page="one")
+        remote = self.remote()
+        remote.listen()
+        daemon = self.serve(self.deploying(f"{BEGUN}\n{GATE}\n{NOTE}", git=remote.url))
+        daemon.push()
+        for number in (1, 2, 3):
+            daemon.wait(lambda: remote.calls, f"git to ask, attempt {number}")
+            remote.calls = 0
+            self.crash(daemon)
+        remote.serving = True
+        self.crash(daemon)
+        self.attempts(daemon, 1)
+        remote.serving, remote.calls = False, 0
+        self.crash(daemon)
+        daemon.wait(lambda: remote.calls, "git to ask after the script was cut off")
+        remote.serving = True
+        self.crash(daemon)
+        self.attempts(daemon, 2)
+        daemon.open_gate()
+        self.assertEqual(daemon.settled()["state"], "ok")
+        self.assertEqual((daemon.seen(), list(daemon.states())), ([newest], [1]))
+
+    def test_a_wish_to_cancel_survives_a_crash(self):
+        """A run that was being cancelled begins again after a crash."""
+        stubborn = f"trap 'touch \"$HOME/termed\"' TERM\n{BEGUN}\n{GATE}"
+        daemon = self.serve(hook(stubborn, on_failure=NAME))
+        daemon.push()
+        (pid,) = self.attempts(daemon, 1)
+        self.follow_cancel(daemon)
+        daemon.wait((self.home / "termed").exists, "TERM")
+        self.crash(daemon)
+        self.wait_for_states(daemon, {1: "cancelled"})
+        self.assertEqual((alive(pid), daemon.seen()), (False, []))
+        self.attempts(daemon, 1)
+
+    def follow_cancel(self, daemon):
+        verb = daemon.spawn([sys.executable, str(HOOKD), "-c", str(daemon.ini), "cancel", "1"])
+        self.addCleanup(lambda: (verb.kill(), verb.wait()))
+
+    def test_what_was_cut_off_keeps_its_place_among_what_waits(self):
+        """After a crash an old push runs after a newer one, or a verb's run is lost."""
+        for queue, verb, states in (("newest", False, {1: "superseded", 2: "ok"}),
+                                    ("every", False, {1: "ok", 2: "ok"}),
+                                    ("newest", True, {1: "ok", 2: "ok"})):
+            with self.subTest(queue, verb=verb):
+                self.check_place(queue, verb, states)
+
+    def check_place(self, queue, verb, states):
+        for name in ("gate", "seen", "begun"):
+            (self.home / name).unlink(missing_ok=True)
+        command = f'{BEGUN}\n{GATE}\necho "$HOOKD_RUN" >> "$HOME/seen"'
+        daemon = self.serve_in(f"{queue}-{verb}", hook(command, queue=queue))
+        if verb:
+            self.follow(daemon, "run", "octo/site", "main")
+        else:
+            daemon.push(commit=sha(1))
+        self.attempts(daemon, 1)
+        daemon.push(commit=sha(2))
+        self.crash(daemon)
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(daemon.states(), states)
+        self.assertEqual(daemon.seen(), [str(run) for run, state in states.items()
+                                         if state == "ok"])
+        daemon.kill()
+
+    def test_what_a_stop_cut_off_is_queued_again(self):
+        """A restart of the service loses the run that it ended, or counts it as told."""
+        daemon = self.serve(hook(f"{BEGUN}\n{GATE}\n{NOTE}", on_failure=NAME))
+        daemon.push(commit=sha(1))
+        (pid,) = self.attempts(daemon, 1)
+        daemon.tell(signal.SIGTERM)
+        daemon.wait_for_log("stopping after 1 running command")
+        daemon.tell(signal.SIGTERM)
+        self.assertEqual(daemon.ended(), 0)
+        self.assertEqual((alive(pid), daemon.states()), (False, {1: "queued"}))
+        daemon.open_gate()
+        daemon.start()
+        self.wait_for_states(daemon, {1: "ok"})
+        self.assertEqual(daemon.seen(), [sha(1)])
+
+
+LONELY = 61_034  # a user without any other process, so that a limit on processes is exact
+LONELY_USER = ["prlimit", "--nproc=24", "setpriv", f"--reuid={LONELY}", f"--regid={LONELY}",
+               "--clear-groups", "--inh-caps=+dac_read_search",  # it may read this Python
+               "--ambient-caps=+dac_read_search"]
+
+
+@contextmanager
+def dead_file_system(path):
+    """Mount at `path` a file system that answers nobody, as a dead NFS server's does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    path.mkdir()
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError as error:
+        raise unittest.SkipTest(f"no FUSE here: {error}") from None
+    options = f"fd={server},rootmode=40000,user_id=0,group_id=0,allow_other".encode()
+    try:
+        if libc.mount(b"hookd-test", os.fsencode(path), b"fuse", 6, options):
+            raise unittest.SkipTest(f"no mount here: {os.strerror(ctypes.get_errno())}")
+        yield path
+    finally:
+        os.close(server)  # ends whoever waits for it
+        libc.umount2(os.fsencode(path), 2)  # MNT_DETACH
+
+
+class Scarcity(Case):
+    """No thread, no answer from a disk, no room behind a lock, and files that were removed."""
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which("setpriv"), "root makes another user")
+    def test_a_run_waits_while_there_is_no_thread_or_process(self):
+        """A full `TasksMax=` ends a deploy as `failed` that never began."""
+        daemon = self.prepare(hook(NOTE, on_failure=NAME))
+        for path in (self.home, daemon.ini, daemon.logfile):
+            os.chown(path, LONELY, LONELY)
+        spawn = daemon.spawn
+        daemon.spawn = lambda command, *rest, **more: spawn([*LONELY_USER, *command], *rest, **more)
+        daemon.start()
+        for number, room in ((1, 0), (2, 1)):  # no thread; a thread, and no process
+            with self.subTest(room=room):
+                known = len(daemon.log)
+                ballast = self.leave_room(daemon, room)
+                self.assert_answer(daemon.push(commit=sha(number)), 202)
+                daemon.wait_for_log(rf"(?i)run {number}\b.*(thread|process|resource)", known)
+                state = daemon.states()[number]
+                for one in ballast:
+                    one.kill()
+                    one.wait()
+                self.assertIn(state, WAITING)
+                daemon.wait(lambda at=number: daemon.states()[at] == "ok", "the run")
+        self.assertEqual(daemon.seen(), [sha(1), sha(2)])
+
+    def leave_room(self, daemon, room):
+        """Start processes of the daemon's user until it may have only so many more."""
+        ballast = []
+        while not ballast or ballast[-1].poll() is None:
+            script = f"echo >> {self.home}/ballast; exec sleep 300"
+            ballast.append(daemon.spawn(["sh", "-c", script]))
+            self.addCleanup(lambda one=ballast[-1]: (one.kill(), one.wait()))
+            daemon.wait(lambda: ballast[-1].poll() is not None
+                        or daemon.read("ballast").count("\n") == len(ballast), "ballast")
+        (self.home / "ballast").unlink()
+        full, room = ballast[:-1], room + 1  # exec lets one more in than fork does
+        for one in full[:room]:
+            one.kill()
+            one.wait()
+        return full[room:]
+
+    def test_a_dead_file_system_costs_its_own_hook_one_job(self):
+        """A dead NFS mount under one hook stops every repository, `status` and TERM."""
+        with dead_file_system(self.home / "dead") as dead:
+            self.check_dead(directory=dead / "site")
+
+    def test_an_environment_file_that_never_answers_costs_its_own_hook_one_job(self):
+        """A file that cannot be read to its end stops every repository, `status` and TERM."""
+        with dead_file_system(self.home / "dead") as dead:
+            self.check_dead(environment_file=dead / "secrets")
+
+    def check_dead(self, **keys):
+        daemon = self.serve(hook("true", "dead", **keys), hook(NOTE), jobs=2)
+        self.assert_answer(daemon.push("dead"), 202)
+        daemon.wait_for_run(1)
+        for number in (1, 2):
+            self.assert_answer(daemon.push(commit=sha(number)), 202)
+            daemon.wait(lambda at=number: sha(at) in daemon.seen(), "the other hook")
+        self.wait_for_status(daemon, "(?i)dead.*does not answer|does not answer.*dead")
+        self.crash_or_stop(daemon)
+        self.assert_answer(daemon.push(commit=sha(3)), 202)
+        daemon.wait(lambda: sha(3) in daemon.seen(), "the other hook after the restart")
+        self.assertIn(daemon.states()[1], WAITING)
+
+    def crash_or_stop(self, daemon):
+        """Stop with the second TERM, which ends what still runs, and start again."""
+        daemon.tell(signal.SIGTERM)
+        daemon.wait_for_log("stopping after 1 running command")
+        daemon.tell(signal.SIGTERM)
+        began = time.monotonic()
+        self.assertEqual(daemon.ended(), 0)
+        self.assertLess(time.monotonic() - began, 20)
+        daemon.start()
+
+    def test_a_fifo_for_an_environment_file_stops_nobody(self):
+        """A named pipe without a writer takes a job for ever; it is no file."""
+        os.mkfifo(self.home / "pipe")
+        daemon = self.serve(hook(NAME, environment_file=self.home / "pipe"), hook(NOTE, "dev"))
+        daemon.push()
+        daemon.push("dev")
+        daemon.wait_for("seen")
+        self.assertEqual(daemon.settled()["state"], "failed")
+        self.assertIn("pipe", daemon.output(1))
+
+    def test_a_removed_write_ahead_log_loses_nothing(self):
+        """202s go on into a file that is gone; after a SIGKILL the whole history is gone."""
+        for number, names in enumerate((("hookd.db-wal",), ("hookd.db-wal", "hookd.db-shm"))):
+            with self.subTest(names):
+                daemon = self.serve_in(f"s{number}", hook(NOTE, queue="every"))
+                daemon.push(commit=sha((number, "before")))
+                daemon.settle()
+                for name in names:
+                    (daemon.state / name).unlink()
+                self.assert_answer(self.push_until_taken(daemon, sha((number, "after"))), 202)
+                daemon.kill()
+                daemon.start()
+                daemon.settle()
+                self.assertEqual(set(daemon.states().values()), {"ok"})
+                self.assertIn(sha((number, "after")), daemon.seen())
+                commits = {entry["commit"] for entry in self.history(daemon)}
+                self.assertEqual(commits, {sha((number, "before")), sha((number, "after"))})
+                daemon.kill()
+
+    def push_until_taken(self, daemon, commit):
+        """Push until it is taken, as GitHub's Redeliver would; restart hookd as systemd would."""
+        payload = push_of(commit=commit)
+
+        def taken():
+            if daemon.process.poll() is not None:
+                daemon.start()
+            with suppress(ConnectionError):
+                answer = daemon.post(payload)
+                return answer.status == 202 and answer
+        return daemon.wait(taken, "the push to be taken")
+
+    MANY = 1000
+
+    def test_thousands_of_runs_behind_one_lock_cost_a_turn_nothing(self):
+        """Each turn tries each waiting run: thousands make a turn of seconds."""
+        daemon = self.serve(hook(GATE, "hold", lock="one"), hook(GATE, "busy"),
+                            hook("true", "*", lock="one"), jobs=4)
+        for number, branch in enumerate(("hold", "busy"), 1):
+            daemon.push(branch)
+            daemon.wait_for_run(number)
+        alone = min(self.cost_of_pushes(daemon, "busy") for _ in range(3))
+        self.push_many(daemon, [f"b{number}" for number in range(self.MANY)], 8)
+        crowded = min(self.cost_of_pushes(daemon, "busy") for _ in range(3))
+        self.assertLess(crowded, alone * 1.5, "processor time of 100 pushes, in nanoseconds")
+
+    def push_many(self, daemon, branches, connections=1):
+        """Push to many branches, one after the other on each connection."""
+
+        def push(part):
+            with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+                for branch in part:
+                    one.sendall(request(push_of(branch, sha((branch, time.monotonic())))))
+                    self.assert_answer(read_answer(stream), 202)
+        with ThreadPoolExecutor(connections) as pool:
+            list(pool.map(push, [branches[at::connections] for at in range(connections)]))
+
+    def cost_of_pushes(self, daemon, branch):
+        """Return the processor time of the daemon's main thread for 100 pushes."""
+        path = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/schedstat")
+        before = int(path.read_text().split()[0])
+        self.push_many(daemon, [branch] * 100)
+        return int(path.read_text().split()[0]) - before
+
+
 # ---------------------------------------------------------------- Signals
 
 
@@ -4751,22 +5786,6 @@ class Signals(Case):
         self.assertEqual(daemon.settled()["state"], "ok")
         self.assertEqual(daemon.seen(), [sha(1), sha("while it ends")])
         daemon.kill()
-
-    def test_a_second_signal_ends_running_commands_and_they_run_again(self):
-        daemon = self.serve_running()
-        daemon.tell(signal.SIGTERM)
-        daemon.wait_for_log("stopping after 1 running command")
-        daemon.tell(signal.SIGTERM)
-        self.assertEqual(daemon.ended(), 0)
-        self.assertEqual(daemon.descendants(), [])
-        self.assertEqual(daemon.states(), {1: "queued"})
-        daemon.start()
-        daemon.wait_for_run(1)
-        target = daemon.targets()["octo/site", "main"]
-        self.assertEqual((target["exit"], target["ended"]), (None, None))
-        daemon.open_gate()
-        daemon.wait(lambda: daemon.states() == {1: "ok"}, "run 1 to run again")
-        self.assertEqual(daemon.seen(), [sha(1)])
 
     def test_hangup_reads_the_ini_again(self):
         daemon = self.serve(hook(NOTE))
