@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: MIT
 """hookd: deploy to your own server when you push to GitHub.
 
-    hookd.py [-c FILE] [serve | check | run | rollback | cancel | pause | resume | send | status |
-                        log | secret]                                     (--help says more)
+    hookd.py [-c FILE] [VERB]       (--help lists the verbs; without one, the daemon runs)
 
 The life of a delivery:
 
@@ -276,23 +275,16 @@ def quantity(what: str, units: Mapping[str, int], least: int = 1,
         if no and text == "no":
             return 0
         if not match or match[2] not in units or int(match[1]) < least:
-            raise ValueError(f"{text!r} is not {what}")
+            raise ValueError(f"invalid {text!r}; use {what}")
         return int(match[1]) * units[match[2]]
     return parse
 
 
-def one_of(*words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"invalid {text!r}; use {', '.join(words[:-1])} or {words[-1]}")
-        return text
-    return parse
-
-
 def shaped(pattern: str, what: str) -> Callable[[str], str]:
+    """Return the parser of texts that match a pattern, or of none at all."""
     def parse(text: str) -> str:
         if text and not re.fullmatch(pattern, text):
-            raise ValueError(f"{redact(text, ())!r} is not {what}")
+            raise ValueError(f"invalid {redact(text, ())!r}; use {what}")
         return text
     return parse
 
@@ -316,8 +308,7 @@ def yes_or_no(text: str) -> bool:
 def address(text: str) -> str:
     match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})", text)
     if not (re.fullmatch("unix:/.+", text) or (match and int(match[1]) < 65536)):
-        remedy = "write 127.0.0.1:9000, [::1]:9000 or unix:/path"
-        raise ValueError(f"{text!r} is not an address; {remedy}")
+        raise ValueError(f"invalid {text!r}; use 127.0.0.1:9000, [::1]:9000 or unix:/path")
     return text
 
 
@@ -359,13 +350,14 @@ def shared_paths(text: str) -> tuple[str, ...]:
 
 
 def key(default: str, parse: Callable[[str], Any] = str, secret: bool = False) -> Any:
-    return field(default=parse(default), repr=not secret,
-                 metadata={"parse": parse, "text": default})
+    metadata = {"parse": parse, "text": default}
+    return field(default=parse(default), repr=not secret, metadata=metadata)
 
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-duration = quantity("a duration; write it like 90s, 15m, 2h or 1d", SECONDS)
-positive = quantity("a number from 1 up; write it like 2", {"": 1})
+BYTES = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+duration = quantity("a duration like 90s, 15m, 2h or 1d", SECONDS)
+positive = quantity("a number from 1 up", {"": 1})
 
 
 @dataclass(frozen=True)
@@ -385,20 +377,17 @@ class Hook:
     environment: tuple[tuple[str, str], ...] = key("", variables, secret=True)
     environment_file: str = key("")
     timeout: int = key("15m", duration)
-    queue: str = key("newest", one_of("newest", "every", "replace"))
-    event: str = key("push", one_of("push", "workflow_run", "release"))
+    queue: str = key("newest", shaped("newest|every|replace", "newest, every or replace"))
+    event: str = key("push", shaped("push|workflow_run|release", "push, workflow_run or release"))
     workflows: tuple[str, ...] = key("", lines)
     paths: tuple[str, ...] = key("", lines)
     lock: str = key("", placed(PLACES))
-    catch_up: int = key("1h", quantity("no or a duration; write it like no, 15m, 2h or 1d",
-                                       SECONDS, no=True))  # 0: never
-    releases: int = key("no", quantity("no or a number from 2 up; write it like 5",
-                                       {"": 1}, 2, no=True))  # 0: none
+    catch_up: int = key("1h", quantity("no or a duration like 15m, 2h or 1d", SECONDS, no=True))
+    releases: int = key("no", quantity("no or a number from 2 up", {"": 1}, 2, no=True))
     shared: tuple[str, ...] = key("", shared_paths)
     activate: str = key("")
-    healthcheck: str = key("", shaped(
-        rf"{URL}|unix:/[^:]+:/\S*", "a URL that hookd can ask; write http://127.0.0.1:8000/ or "
-        "unix:/run/app.sock:/"))
+    healthcheck: str = key("", shaped(rf"{URL}|unix:/[^:]+:/\S*",
+                                      "http://127.0.0.1:8000/ or unix:/run/app.sock:/"))
     healthcheck_timeout: int = key("30s", duration)
     skip: tuple[str, ...] = key("[skip deploy]", lines)
     on_success: str = key("")
@@ -406,8 +395,7 @@ class Hook:
     on_delete: str = key("")
     report_token: str = key("", secret=True)
     report_token_file: str = key("")
-    report_api: str = key("https://api.github.com",
-                          shaped(URL, "a URL; write it like https://example.com/"))
+    report_api: str = key("https://api.github.com", shaped(URL, "a URL like https://example.com"))
     report_url: str = key("", placed(PLACES + " {run}"))
 
     @property
@@ -443,14 +431,12 @@ class Config:
     levels: Mapping[str, Mapping[str, str]] = field(repr=False)  # section -> key -> text
     base: str  # folder of relative names
     listen: str = key("127.0.0.1:9000", address)
-    path: str = key("/", shaped(r'/[!-"$->@-~]*',
-                                "a URL path; begin with / and use no space, ? or #"))
+    path: str = key("/", shaped(r'/[!-"$->@-~]*', "a path like /hook, without space, ? and #"))
     state: str = key("")
     jobs: int = key("2", positive)
     keep: int = key("50", positive)
-    max_body: int = key("25M", quantity("a size; write it like 64K or 25M",
-                                      {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}))
-    log: str = key("auto", one_of("auto", "syslog", "stderr"))
+    max_body: int = key("25M", quantity("a size like 64K or 25M", BYTES))
+    log: str = key("auto", shaped("auto|syslog|stderr", "auto, syslog or stderr"))
     tls_cert: str = key("")
     tls_key: str = key("")
     quiet: bool = key("no", yes_or_no)
@@ -477,13 +463,6 @@ HOOK_KEYS = {item.name: item for item in fields(Hook) if item.metadata}
 KEYS = {**DAEMON_KEYS, **HOOK_KEYS}
 
 
-def ini_parser(strict: bool) -> configparser.RawConfigParser:
-    # No section is the default one: it has a name that no ini can spell.
-    parser = configparser.RawConfigParser(strict=strict, default_section="\n")
-    parser.SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as from 3.11 on: [octo/site v[0-9]]
-    return parser
-
-
 class Ini:
     """An ini's text as read by configparser; callers ask `state`, then `config`.
 
@@ -495,25 +474,27 @@ class Ini:
         self.name, self.base = name, base
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        ini = ini_parser(strict=True)
-        try:
-            ini.read_string(text)
-        except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
-            fault = f"duplicate (line {error.lineno}); keep one"
-            self.problem(error.section, getattr(error, "option", ""), fault)
-            ini = ini_parser(strict=False)  # to report what else there is
-            with contextlib.suppress(configparser.Error):
+        for strict in (True, False):  # the second time for what else there is beside a duplicate
+            # No section is the default one: it has a name that no ini can spell.
+            ini = configparser.RawConfigParser(strict=strict, default_section="\n")
+            ini.SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as from 3.11 on: [octo/site v[0-9]]
+            try:
                 ini.read_string(text)
-        except configparser.MissingSectionHeaderError as error:
-            fault = "stands before the first [section]; begin with [hookd]"
-            self.problems.append(f"{name}: line {error.lineno} {fault}")
-        except configparser.ParsingError as error:  # its own words would show a secret's line
-            for number, line in error.errors:
-                opened = re.match(r"'?\s*\[[^\]]*(\\n)?'?$", line)
-                fault = ("has no ] at its end; write [owner/repo branch]" if opened else
-                         "is no [section] and no `key = value`; indent it if it continues "
-                         "the one above")
-                self.problems.append(f"{name}: line {number} {fault}")
+                break
+            except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+                fault = f"duplicate (line {error.lineno}); keep one"
+                self.problem(error.section, getattr(error, "option", ""), fault)
+            except configparser.MissingSectionHeaderError as error:
+                fault = "stands before the first [section]; begin with [hookd]"
+                self.problems.append(f"{name}: line {error.lineno} {fault}")
+                break
+            except configparser.ParsingError as error:  # its own words would show a secret's line
+                for number, line in error.errors:
+                    opened = re.match(r"'?\s*\[[^\]]*(\\n)?'?$", line)
+                    fault = ("has no ] at its end; write [owner/repo branch]" if opened else
+                             "is no [section] and no `key = value`; indent what continues a value")
+                    self.problems.append(f"{name}: line {number} {fault}")
+                break
         self.levels = {section: dict(ini[section]) for section in ini.sections()}
 
     def problem(self, section: str, key: str, fault: str) -> None:
@@ -788,25 +769,15 @@ def first_line(message: str) -> str:
     return (message.strip().splitlines() or [""])[0][:256]
 
 
-class Shape(NamedTuple):
-    """Where an event has what hookd wants of it. A release names a tag and no commit."""
-
-    prefix: str  # of the ref
-    ref: str
-    commit: str
-    pusher: str
-    subject: str
-    order: str  # grows with each push, and with each run of a workflow: a slow check comes late
-
-
+# Where an event has its ref, behind what prefix, its commit, who pushed, its subject, and what
+# orders it: a workflow's id grows with each run, so the slow check of an old push comes late.
 SHAPES = {
-    "push": Shape("", "ref", "after", "pusher.name", "head_commit.message",
-                  "repository.pushed_at"),
-    "workflow_run": Shape("refs/heads/", "workflow_run.head_branch", "workflow_run.head_sha",
-                          "workflow_run.actor.login", "workflow_run.head_commit.message",
-                          "workflow_run.id"),
-    "release": Shape("refs/tags/", "release.tag_name", "", "release.author.login", "release.name",
-                     "release.id")}
+    "push": ("", "ref", "after", "pusher.name", "head_commit.message", "repository.pushed_at"),
+    "workflow_run": ("refs/heads/", "workflow_run.head_branch", "workflow_run.head_sha",
+                     "workflow_run.actor.login", "workflow_run.head_commit.message",
+                     "workflow_run.id"),
+    "release": ("refs/tags/", "release.tag_name", "", "release.author.login", "release.name",
+                "release.id")}
 
 
 def counts(event: str, data: Any, repo: str) -> bool:
@@ -821,16 +792,15 @@ def counts(event: str, data: Any, repo: str) -> bool:
 
 def read_push(event: str, data: Any, repo: str) -> Push:
     """Return the push that an event stands for; refuse what has no ref or no commit."""
-    shape, before, commit = SHAPES[event], text_of(data, "before"), ""
-    ref = needed(REF, shape.prefix + text_of(data, shape.ref, 1025), "ref")
-    if shape.commit:
-        commit = needed(COMMIT, text_of(data, shape.commit), "commit")
+    prefix, ref_at, commit_at, pusher_at, subject_at, order_at = SHAPES[event]
+    ref = needed(REF, prefix + text_of(data, ref_at, 1025), "ref")
+    commit = needed(COMMIT, text_of(data, commit_at), "commit") if commit_at else ""
+    before, order = text_of(data, "before"), pick(data, order_at)
     deleted = event == "push" and (pick(data, "deleted") is True or not commit.strip("0"))
-    order = pick(data, shape.order)
     return Push(event, repo, ref, "" if deleted else commit,
                 before if COMMIT.fullmatch(before) and before.strip("0") else "",
-                text_of(data, shape.pusher) or text_of(data, "sender.login"),
-                first_line(text_of(data, shape.subject, 4096)), deleted,
+                text_of(data, pusher_at) or text_of(data, "sender.login"),
+                first_line(text_of(data, subject_at, 4096)), deleted,
                 order if type(order) is int and 0 < order < 2**62 else 0)
 
 
@@ -851,7 +821,7 @@ def passed_over(hook: Hook, push: Push, data: Any) -> str:
     """Return why a hook does not run for a push that it takes; "" where it does."""
     if not push.commit:  # a deletion or a release
         return ""
-    message = pick(data, SHAPES[push.event].subject)
+    message = pick(data, "workflow_run.head_commit.message") or pick(data, "head_commit.message")
     words = [word for word in hook.skip if isinstance(message, str) and word in message]
     if words:
         return f"ignored: {push}: its message has {words[0]}"
@@ -2763,8 +2733,8 @@ class Server:
 
 
 # ============================================================================== systemd and log
-# What hookd tells the machine it runs on. A stuck syslog or terminal must not delay a delivery:
-# a line that cannot be written at once is dropped, counted, and told of later.
+# What hookd shares with the machine it runs on. A stuck syslog or terminal must not delay a
+# delivery: a line that cannot be written at once is dropped, and counted in the next.
 
 
 def datagram(path: str, patience: float, text: str, *files: int) -> bool:
@@ -2783,10 +2753,7 @@ def notify(text: str, *files: int) -> None:
 
 
 class LogHandler(logging.Handler):
-    """Write one event a line to the syslog at `path` while it answers, else to stderr.
-
-    Unlike logging.handlers.SysLogHandler it waits for neither.
-    """
+    """Write to the syslog at `path`, else to stderr; unlike SysLogHandler, wait for neither."""
 
     def __init__(self, path: str, stderr: bool) -> None:
         super().__init__()
@@ -2797,14 +2764,15 @@ class LogHandler(logging.Handler):
         lost = f" (lost {self.lost} lines before this one)" if self.lost else ""
         text = escape(self.format(record) + lost)
         priority = {"INFO": 30, "WARNING": 28}.get(record.levelname, 27)  # of daemon.*, syslog(3)
-        line = f"<{priority}>hookd[{os.getpid()}]: {text}"
-        told = bool(self.path) and datagram(self.path, 0, line)
+        self.lost += 1
         with contextlib.suppress(OSError):
-            if not told and self.stderr and select.select([], [2], [], 0)[1]:
+            if self.path and datagram(self.path, 0, f"<{priority}>hookd[{os.getpid()}]: {text}"):
+                self.lost = 0
+            elif self.stderr and select.select([], [2], [], 0)[1]:
                 line = f"{logging.Formatter().formatTime(record)} {record.levelname}: {text}"
                 room = select.PIPE_BUF - 1  # a pipe has as much (pipe(7))
-                told = os.write(2, line.encode("utf-8", "replace")[:room] + b"\n") > 0
-        self.lost = 0 if told else self.lost + 1
+                os.write(2, line.encode("utf-8", "replace")[:room] + b"\n")
+                self.lost = 0
 
 
 def open_log(wanted: str, syslog: str = "/dev/log") -> None:
@@ -2815,27 +2783,29 @@ def open_log(wanted: str, syslog: str = "/dev/log") -> None:
 
 
 class Noise:
-    """Tell the first refusal of each kind at once and the others once a minute, counted."""
+    """Log the first refusal of each kind at once and the others once a minute, counted."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, int] = {}  # of those not logged yet
         self.until, self.client = NEVER, ""
 
     def add(self, refusal: Refusal, client: str) -> None:
         kind, self.client = f"{refusal.reason} status={refusal.status}", client or "unix"
-        self.until = min(self.until, time.monotonic() + NOISE_SECONDS)
-        if kind not in self.counts:
+        if kind in self.counts:
+            self.counts[kind] += 1
+        else:
             log.warning("refused a request: %s client=%s", kind, self.client)
-        self.counts[kind] = self.counts.get(kind, -1) + 1
+            self.counts[kind] = 0
+        self.until = min(self.until, time.monotonic() + NOISE_SECONDS)
 
     def settle(self) -> None:
-        """Sum up a minute that is over."""
+        """Sum up a minute that is over; a kind that goes on stays counted."""
         if time.monotonic() >= self.until:
-            more = ", ".join(f"{n} x {kind}" for kind, n in self.counts.items() if n)
-            if more:
+            self.counts = {kind: count for kind, count in self.counts.items() if count}
+            if self.counts:
+                more = ", ".join(f"{count} x {kind}" for kind, count in self.counts.items())
                 log.warning("refused more in a minute: %s, the last client=%s", more, self.client)
-            # What goes on is not told singly again.
-            self.counts = {kind: 0 for kind, n in self.counts.items() if n}
+            self.counts = dict.fromkeys(self.counts, 0)
             self.until = time.monotonic() + NOISE_SECONDS if self.counts else NEVER
 
 
@@ -2848,11 +2818,10 @@ def passed_count() -> int:
 def passed_sockets() -> dict[str, list[socket.socket]]:
     """Take the listening sockets that systemd passed, by name."""
     found: dict[str, list[socket.socket]] = {}
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    for index in range(passed_count()):
-        os.set_inheritable(3 + index, False)
-        name = names[index] if index < len(names) else ""
-        found.setdefault(name, []).append(socket.socket(fileno=3 + index))
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":") + [""] * passed_count()
+    for number, name in zip(range(3, 3 + passed_count()), names):
+        os.set_inheritable(number, False)
+        found.setdefault(name, []).append(socket.socket(fileno=number))
     return found
 
 
@@ -2876,12 +2845,12 @@ def hidden_words(levels: Mapping[str, Mapping[str, str]], base: str, state: str)
                   for name in ("secret_file", "report_token_file", "environment_file")
                   if values.get(name)}
     for path in sorted(files):
-        with contextlib.suppress(OSError):
-            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not hold us up
-            with open(file, encoding="utf-8", errors="replace") as stream:
-                text = stream.read(CHUNK)
-            with contextlib.suppress(ValueError):
-                found += [*lines(text), *read_variables(text).values()]
+        with contextlib.suppress(OSError, ValueError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not hold us up
+            with open(descriptor, encoding="utf-8", errors="replace") as file:
+                text = file.read(CHUNK)
+            found += lines(text)
+            found += read_variables(text).values()
     return [word for word in found if len(word) >= 8]
 
 
