@@ -4460,7 +4460,10 @@ def writable(path: str, root: str) -> str:
         missing, above = above, os.path.dirname(above)
     if os.access(root + above, os.W_OK | os.X_OK):
         return ""
-    user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+    try:
+        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+    except KeyError:  # a container's user may have none
+        user, group = str(os.geteuid()), str(os.getegid())
     home = re.match("/home/[^/]+", path)
     if home and (not os.path.exists(root + home[0]) or not os.access(root + home[0], os.X_OK)):
         return (f"{user} cannot enter {home[0]}; as root: setfacl -m u:{user}:x {home[0]}, and "
