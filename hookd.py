@@ -497,11 +497,9 @@ class Ini:
                 break
         self.levels = {section: dict(ini[section]) for section in ini.sections()}
 
-    def problem(self, section: str, key: str, fault: str) -> None:
-        self.problems.append(escape(f"{self.name}: [{section}]{' ' + key if key else ''}: {fault}"))
-
-    def warn(self, section: str, key: str, fault: str) -> None:
-        self.warnings.append(escape(f"{self.name}: [{section}] {key}: {fault}"))
+    def problem(self, section: str, key: str, fault: str, warns: bool = False) -> None:
+        line = escape(f"{self.name}: [{section}]{' ' + key if key else ''}: {fault}")
+        (self.warnings if warns else self.problems).append(line)
 
     def state(self, default: str) -> str:
         given = self.levels.get("hookd", {}).get("state")
@@ -527,13 +525,12 @@ class Ini:
     def look_twice(self, section: str, key: str, text: str) -> None:
         """Warn where a value looks like a comment or a setting that was taken for its text."""
         if key in SCRIPTS:
-            for name in re.findall(r"(?m)^\s*(\w+)\s+=", text):
-                if name in KEYS:
-                    fault = f"its line `{name} = ` is shell; delete the indentation to set {name}"
-                    self.warn(section, key, fault)
+            for name in KEYS.keys() & set(re.findall(r"(?m)^\s*(\w+)\s+=", text)):
+                fault = f"its line `{name} = ` is shell; delete the indentation to set {name}"
+                self.problem(section, key, fault, warns=True)
         elif re.search(r"\s#" if key == "environment" else r"\s[#;]", text) and key not in SECRETS:
-            self.warn(section, key, "its value has the `#` or `;` in it; a comment needs a line of "
-                      "its own")
+            fault = "its value has the `#` or `;` in it; a comment needs a line of its own"
+            self.problem(section, key, fault, warns=True)
 
     def read(self, section: str) -> dict[str, Any]:
         """Return what a section sets; report what is wrong with its settings."""
@@ -573,8 +570,8 @@ class Ini:
         if "workflows" in own and hook.event != "workflow_run":
             self.problem(place, "workflows", "needs event; set event = workflow_run")
         if hook.event == "workflow_run" and not hook.workflows:
-            self.warn(place, "workflows", "is not set, so any green workflow deploys; name the one "
-                      "that tests")
+            fault = "is not set, so any green workflow deploys; name the one that tests"
+            self.problem(place, "workflows", fault, warns=True)
 
     def config(self, default_state: str) -> Config:
         """Return the Config; raise ConfigError."""
@@ -616,7 +613,7 @@ FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
 SIGNATURE = re.compile(r"sha256=([0-9a-f]{64})")
-# What is read must not come twice: which of the two did the proxy in front of us believe?
+# What hookd reads must not come twice: the proxy in front of it may have believed the other.
 SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "content-encoding",
           "x-hub-signature-256", "x-github-event", "x-github-delivery")
 COMMIT = re.compile("[0-9a-f]{40}(?:[0-9a-f]{24})?")
@@ -2520,7 +2517,7 @@ class Connection(BaseHTTPRequestHandler):
         """Do nothing: the base's constructor calls this, and the connection goes on."""
 
     def clear(self) -> None:
-        """Let go of a request."""
+        """Prepare for the next request."""
         self.start = bytearray()  # of a head that is not whole yet
         self.headers = None  # type: ignore[assignment]
         self.command = self.path = ""
@@ -2681,8 +2678,8 @@ class Server:
             timeout = 0.0  # what the caller waits for may be another now
         for key, _ in self.selector.select(max(min(timeout, 86400.0), 0.0)):  # 25 days are refused
             key.data()
-        whole, self.ready = [one for one in self.ready if one.whole], []
-        return whole
+        ready, self.ready = self.ready, []
+        return [connection for connection in ready if connection.whole]
 
     def accept(self, listener: socket.socket) -> None:
         """Take new connections, at the cost of the longest waiting where there is no room."""
@@ -2719,7 +2716,7 @@ class Server:
                 self.refused(oldest, Refusal(503, "too much in flight, send it again later"))
 
     def forget(self, connection: Connection) -> None:
-        """Let go of a request."""
+        """Free the room that a request takes."""
         self.held -= connection.rfile.tell()
         connection.clear()
 
@@ -2851,7 +2848,7 @@ def hidden_words(levels: Mapping[str, Mapping[str, str]], base: str, state: str)
                 text = file.read(CHUNK)
             found += lines(text)
             found += read_variables(text).values()
-    return [word for word in found if len(word) >= 8]
+    return found
 
 
 # ============================================================================= reports and page
