@@ -57,7 +57,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate
 from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
@@ -444,10 +444,19 @@ class Config:
     page_output: bool = key("no", yes_or_no)
     allow_from: tuple[Any, ...] = key("", networks)
 
+    @cached_property
+    def places(self) -> dict[str, dict[str, int]]:
+        """Return the sections of each repository or owner, with their places in the ini."""
+        found: dict[str, dict[str, int]] = {}
+        for place, (section, hook) in enumerate(self.hooks.items()):
+            found.setdefault(hook.repo.lower(), {})[section] = place
+        return found
+
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
-        names = (repo.lower(), repo.lower().partition("/")[0] + "/*")
-        return [hook for hook in self.hooks.values() if hook.repo.lower() in names]
+        name = repo.lower()
+        both = {**self.places.get(name, {}), **self.places.get(name.partition("/")[0] + "/*", {})}
+        return [self.hooks[section] for section in sorted(both, key=both.__getitem__)]
 
     def hook_for(self, push: Push) -> Optional[Hook]:
         """Return the hook that takes a push: the first match wins."""
