@@ -35,6 +35,7 @@ import fcntl
 import grp
 import hashlib
 import hmac
+import html
 import io
 import json
 import logging
@@ -49,6 +50,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import string
 import subprocess
 import threading
 import time
@@ -129,16 +131,12 @@ def short_name(ref: str) -> str:
 
 
 def slug(ref: str) -> str:
-    """Return a branch as a DNS label that no other branch has.
-
-    Where spelling loses something, 128 bits of SHA-256 end it; so they do for a tag, and for a
-    branch whose own name ends like such a hash.
-    """
+    """Return a branch as a DNS label that no other branch has; a tag's ends in a hash."""
     branch = short_name(ref)
     label = re.sub(r"[^a-z0-9]", "-", branch.lower()).strip("-")
     tag = ref.startswith("refs/tags/")
     if label == branch and len(label) <= 63 and not tag and not re.search("[0-9a-f]{32}$", label):
-        return label
+        return label  # nothing is lost, and nobody takes it for one with a hash
     name = ref if tag else branch
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return f"{label[:30].rstrip('-')}-{digest}".lstrip("-")
@@ -473,16 +471,12 @@ KEYS = {**DAEMON_KEYS, **HOOK_KEYS}
 
 
 class Ini:
-    """An ini's text as read by configparser; callers ask `state`, then `config`.
-
-    Relative names are under `base`. What is wrong is collected in `problems`, what only looks
-    wrong in `warnings`.
-    """
+    """An ini's text as read by configparser; callers ask `state`, then `config`."""
 
     def __init__(self, name: str, base: str, text: str) -> None:
-        self.name, self.base = name, base
+        self.name, self.base = name, base  # of the file; of relative names
         self.problems: list[str] = []
-        self.warnings: list[str] = []
+        self.warnings: list[str] = []  # what only looks wrong
         for strict in (True, False):  # the second time for what else there is beside a duplicate
             # No section is the default one: it has a name that no ini can spell.
             ini = configparser.RawConfigParser(strict=strict, default_section="\n")
@@ -699,12 +693,8 @@ def check_head(config: Config, request: BaseHTTPRequestHandler, length: int) -> 
 
 
 def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
-    """Return the secret that signed the raw body; refuse where none did.
-
-    A body is hashed once for each secret, HASHED_MAX bytes in all: more would let a stranger's
-    25 MB cost seconds. Callers put the secret that is most likely first.
-    """
-    room = HASHED_MAX
+    """Return the secret that signed the raw body; callers put the likeliest first."""
+    room = HASHED_MAX  # else a stranger's 25 MB, hashed for each of many secrets, cost seconds
     for secret in secrets:
         room -= len(body)
         if secret and room >= 0:
@@ -715,11 +705,7 @@ def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
 
 
 def form_payload(body: Body) -> bytes:
-    """Return the `payload` field of an url-encoded form, in memory like the body's own.
-
-    urllib.parse makes an object of each `%`; binascii decodes the same in place, once the
-    percent signs are the equal signs of quoted-printable.
-    """
+    """Return the `payload` field of an url-encoded form."""
     import binascii
     data = bytes(body)
     parts = [part for part in data.split(b"&", 64) if part.startswith(b"payload=")]
@@ -728,6 +714,7 @@ def form_payload(body: Body) -> bytes:
     text = parts[0][8:].rstrip(b"\r\n")  # a newline behind a form is no part of it
     if not text.isascii() or re.search(rb"[\x00-\x20=]|%(?![0-9A-Fa-f]{2})", text):
         raise ValueError("not url-encoded")
+    # As quoted-printable: urllib.parse would make an object of each %, 80 times the body.
     return binascii.a2b_qp(text.replace(b"%", b"=").replace(b"+", b" "))
 
 
@@ -2503,11 +2490,10 @@ def tls_context(config: Config) -> "Optional[ssl.SSLContext]":
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One client connection: its socket, the bytes received so far, and its deadline.
+    """One client connection: its socket, and what was received of its request so far.
 
-    In the words of the base class: `command`, `path`, `headers` (a dict, names in lower case),
-    `client_address`, `close_connection`; `rfile` holds the body only, `wfile` the answer until it
-    is sent in one piece. Overridden is what reads from the socket as if it could wait.
+    `headers` is a dict with names in lower case, `rfile` holds the body only, `wfile` the answer
+    until it is sent in one piece. What reads from the socket as if it could wait is overridden.
     """
 
     server: "Server"  # type: ignore[assignment]
@@ -2594,11 +2580,9 @@ class Connection(BaseHTTPRequestHandler):
             self.server.ready.append(self)
 
     def parse_request(self) -> bool:
-        """Take a head off `start` once it is whole, strictly; refuse it once it can only end badly.
-
-        The base's own reads line by line, costs eight times as much, and takes a bare CR, a
-        missing colon and a space before one for something else than RFC 9112 does.
-        """
+        """Take a head off `start` once it is whole; refuse it once it can only end badly."""
+        # The base's own costs eight times as much, and reads a bare CR, a missing colon and a space
+        # before one otherwise than RFC 9112.
         start = self.start
         end = start.find(b"\r\n\r\n", 0, HEAD_MAX + 4)
         line, newline, _ = bytes(start[: LINE_MAX + 1]).partition(b"\r\n")
@@ -2649,8 +2633,7 @@ class Connection(BaseHTTPRequestHandler):
 class Server:
     """Serve HTTP; callers call `poll` and give each whole request an `answer` before the next.
 
-    `check(connection, length)` refuses a head before its body is read; `refused` gets every Refusal
-    made in here, to be answered too.
+    `check` refuses a head before its body is read; `refused` is to answer each Refusal.
     """
 
     def __init__(self, check: Callable[[Connection, int], None],
@@ -2880,12 +2863,9 @@ REMEDIES = {401: "the forge does not know the token; it may have expired: make a
             403: f"the token may not report on this repository; {RIGHTS}",
             404: f"there is no such repository for this token; {RIGHTS}",
             422: "the forge refuses a status for this commit; is it in this repository?"}
-COLOUR_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")
-ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"})
-LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 SIGNS = {"ok": "✓", "failed": "✗", "timeout": "✗", "interrupted": "!", "cancelled": "–",
          "superseded": "–", "running": "▸", "queued": "…"}
-GOOD, BAD, ODD = "#23693b", "#ab2f27", "#7d5400"
+BADGE_COLOURS = {"ok": "#23693b", "failed": "#ab2f27", "timeout": "#ab2f27"}
 BADGE_MARK = "<!-- a badge of hookd -->"  # what lacks it is not ours to remove
 METRICS = {
     "hookd_up": ("gauge", "1 while hookd runs, 0 once it was stopped"),
@@ -2898,22 +2878,17 @@ METRICS = {
 Facts = dict[str, Any]  # an object of `status --json`
 
 
-class Report(NamedTuple):
-    """Hold one commit status; the outbox keeps it until it was sent or given up."""
+@dataclass(frozen=True)
+class Report:
+    """One commit status; the outbox keeps it until it was sent or given up."""
 
     id: int
     run: int
     api: str
-    token: str
+    token: str = field(repr=False)
     repo: str
     commit: str
-    context: str
-    state: str
-    description: str
-    url: str
-
-    def __repr__(self) -> str:
-        return f"Report({self.id}, run {self.run}, {self.state})"
+    body: Mapping[str, str]
 
 
 class Snapshot(NamedTuple):
@@ -2925,17 +2900,6 @@ class Snapshot(NamedTuple):
     runs: Sequence[Sequence[Facts]]  # of each target, the newest first
     totals: Sequence[tuple[str, str, str, int, float]]  # repo, branch, state, runs, last ended
     output: Mapping[int, str]  # by run
-
-
-def api_fault(api: str) -> str:
-    """Return what is wrong with the text of a `report_api`, or nothing."""
-    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", api):
-        return "not the URL of an API; write https://api.github.com or https://HOST/api/v1"
-    if re.match(r"https?://(www\.)?github\.com\b", api):
-        return "GitHub's API is elsewhere; write https://api.github.com"
-    if re.match(r"http://(?!(127\.[0-9.]+|localhost|\[::1\])(:|/|$))", api):
-        return "the token would travel unencrypted; write https://"
-    return ""
 
 
 def ask_forge(api: str, token: str, path: str, body: Mapping[str, str]) -> bytes:
@@ -2979,11 +2943,9 @@ def judge_answer(head: bytes) -> tuple[str, float]:
 
 def send_report(report: Report) -> tuple[str, float]:
     """Try once; return as `judge_answer` does, never with the token."""
-    body = {"state": report.state, "context": report.context, "description": report.description}
-    body.update({"target_url": report.url} if report.url else {})
     path = f"/repos/{report.repo}/statuses/{report.commit}"
     try:
-        return judge_answer(ask_forge(report.api, report.token, path, body))
+        return judge_answer(ask_forge(report.api, report.token, path, report.body))
     except OSError as error:
         return f"no answer: {error.strerror or error}", 0.0
     except ValueError:  # whose text has the token
@@ -2991,33 +2953,42 @@ def send_report(report: Report) -> tuple[str, float]:
 
 
 def check_token(api: str, token: str, repo: str) -> str:
-    """Return why a token cannot report on `repo`, or nothing, by a commit that cannot exist.
+    """Return why no report can be shown, or nothing; asks the forge only about a `repo`.
 
-    Forges judge the token first; for the commit GitHub then answers 422, Gitea 500.
+    It asks for a commit that cannot exist. Forges judge the token first; then GitHub answers 422,
+    Gitea 500.
     """
-    report = Report(0, 0, api, token, repo, "0" * 40, "hookd/check", "error", "", "")
-    fault = send_report(report)[0]
+    if re.match(r"https?://(www\.)?github\.com\b", api):
+        return "GitHub's API is elsewhere; write https://api.github.com"
+    if not re.match(r"https:|http://(127\.[0-9.]+|localhost|\[::1\])([:/]|$)", api):
+        return "the token would travel unencrypted; write https://"
+    body = {"state": "error", "context": "hookd/check"}
+    fault = send_report(Report(0, 0, api, token, repo, "0" * 40, body))[0] if repo else ""
     return "" if fault.startswith(("422", "the forge answers 500")) else fault
 
 
 def mark_up(text: str) -> str:
     """Make strangers' text plain in HTML and SVG: no markup, no control or bidi character."""
-    return escape(text).translate(ENTITIES)
+    return html.escape(escape(text))
 
 
 def in_words(seconds: float) -> str:
     """Spell a duration by the largest unit of which it has two: `3 days`, `75 seconds`."""
-    sizes = {"day": 86400, "hour": 3600, "minute": 60}
-    unit = next((unit for unit, size in sizes.items() if seconds >= 2 * size), "second")
-    number = int(seconds // sizes.get(unit, 1))
-    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{int(seconds // size)} {unit}"
+    return "1 second" if int(seconds) == 1 else f"{int(seconds)} seconds"
+
+
+def ago(at: float, now: float) -> str:
+    return f"{in_words(max(now - at, 0))} ago"
 
 
 def moment(at: float, now: float = 0.0) -> str:
     """Return a <time> whose title is exact: how long before `now`, or without it the date."""
     exact = time.strftime("%d %B %Y, %H:%M:%S %Z", time.localtime(at)).lstrip("0")
     iso = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
-    words = f"{in_words(max(now - at, 0))} ago" if now else exact
+    words = ago(at, now) if now else exact
     return f'<time datetime="{iso}" title="{mark_up(exact)}">{mark_up(words)}</time>'
 
 
@@ -3030,84 +3001,90 @@ def state_html(state: str) -> str:
     return f'<b class="{state}"><i aria-hidden="true">{SIGNS[state]}</i> {state}</b>'
 
 
-def commit_html(facts: Facts) -> str:
-    commit = f"<code>{mark_up((facts['commit'] or '')[:7])}</code>"
-    return f"<p>{commit} <bdi>{mark_up(facts['subject'] or '')}</bdi></p>"
+def words_html(facts: Facts, notes: Sequence[str]) -> str:
+    """Return commit and subject, and below them what else there is to say."""
+    commit, subject = mark_up((facts["commit"] or "")[:7]), mark_up(facts["subject"] or "")
+    return (f"<p><code>{commit}</code> <bdi>{subject}</bdi></p>"
+            f"<p class=soft>{' · '.join(filter(None, notes))}</p>")
 
 
 def target_html(now: float, target: Facts) -> str:
     """Return a line of the overview, with a link to the target's last runs."""
     waiting, running, paused = target["waiting"], target["running"], target["paused"]
-    notes = [f"run {running} is running"] if running else []
-    notes += [f"{len(waiting)} waiting"] if waiting else []
-    notes += [f"paused: <bdi>{mark_up(paused)}</bdi>"] if paused is not None else []
     newest = max(target["run"] or 0, running or 0, *waiting)
     state = target["state"] or ("running" if running else "queued")
+    words = words_html(target, [
+        f"run {running} is running" if running else "",
+        f"{len(waiting)} waiting" if waiting else "",
+        "" if paused is None else f"paused: <bdi>{mark_up(paused)}</bdi>"])
+    at = moment(target["ended"], now) if target["ended"] else ""
     return (f'<li>{state_html(state)}<div><a href="#run-{newest}">{place_html(target)}</a>'
-            f"{commit_html(target)}<p class=soft>{' · '.join(notes)}</p></div>"
-            f"{moment(target['ended'], now) if target['ended'] else ''}</li>")
+            f"{words}</div>{at}</li>")
 
 
 def run_html(now: float, run: Facts, output: str) -> str:
     """Return one run, with its output where there is any to show."""
-    facts = [f"run {run['run']}", mark_up(run["cause"] or run["event"])]
-    facts += [f"by <bdi>{mark_up(run['pusher'])}</bdi>"] if run["pusher"] else []
-    facts += [f"took {in_words(run['duration'])}"] if run["duration"] is not None else []
-    facts += [f"exit {run['exit']}"] if run["exit"] else []
-    facts += [f"<bdi>{mark_up(run['note'])}</bdi>"] if run["note"] else []
-    text = "\n".join(map(mark_up, COLOUR_CODE.sub("", output).expandtabs().splitlines()))
+    words = words_html(run, [
+        f"run {run['run']}", mark_up(run["cause"] or run["event"]),
+        f"by <bdi>{mark_up(run['pusher'])}</bdi>" if run["pusher"] else "",
+        "" if run["duration"] is None else f"took {in_words(run['duration'])}",
+        f"exit {run['exit']}" if run["exit"] else "",
+        f"<bdi>{mark_up(run['note'])}</bdi>" if run["note"] else ""])
+    text = "\n".join(map(mark_up, output.expandtabs().splitlines()))
     details = f"<details><summary>Output</summary><pre>{text}</pre></details>" if text else ""
-    at = run["ended"] or run["began"] or run["queued"]
-    return (f'<li id="run-{run["run"]}">{state_html(run["state"])}<div>{commit_html(run)}'
-            f"<p class=soft>{' · '.join(facts)}</p>{details}</div>{moment(at, now)}</li>")
+    at = moment(run["ended"] or run["began"] or run["queued"], now)
+    return (f'<li id="run-{run["run"]}">{state_html(run["state"])}<div>{words}{details}</div>'
+            f"{at}</li>")
 
 
 def badge_name(target: Facts) -> str:
     return f"badge/{target['repo']}/{slug(target['ref'])}.svg"
 
 
-def section_html(now: float, target: Facts, runs: Sequence[Facts],
-                 output: Mapping[int, str]) -> str:
-    badge = f'<a class=soft href="{mark_up(badge_name(target))}">badge</a>'
-    items = [run_html(now, run, output.get(run["run"], "")) for run in runs]
-    return "\n".join([f"<h2>{place_html(target)} {badge}</h2><ol>", *items, "</ol>"])
-
-
-def headline(snapshot: Snapshot) -> tuple[bool, str, str]:
-    """Return whether all is well, that in words, and what an old page means."""
-    ended = [target["state"] for target in snapshot.targets if target["state"]]
-    good = ended.count("ok")
-    if not snapshot.up:
-        return False, "hookd is stopped", "Nothing is deployed until it is started again."
-    words = f"{good} of {len(ended)} targets ok" if ended else "No run has ended yet"
-    meaning = "Rewritten every minute: if this is older, hookd is not running."
-    return good == len(ended), words, meaning
+def badge_svg(target: Facts) -> str:
+    """Build a badge: a branch, and how its last run ended."""
+    state, name = target["state"] or "no run yet", escape(target["branch"][:40])
+    # textLength fits any font into this guess; East Asian letters are twice as wide as others.
+    left, right = (sum(13 if letter > "\u2e80" else 7 for letter in text) for text in (name, state))
+    title = mark_up(f"{target['repo']} {name}: {state}")
+    return f"""{BADGE_MARK}
+<svg xmlns="http://www.w3.org/2000/svg" width="{left + right + 24}" height="20" role="img"
+ aria-label="{title}"><title>{title}</title>
+<rect width="{left + right + 24}" height="20" rx="3" fill="{BADGE_COLOURS.get(state, '#7d5400')}"/>
+<path d="M3 0h{left + 9}v20h-{left + 9}a3 3 0 0 1-3-3v-14a3 3 0 0 1 3-3z" fill="#4a4d52"/>
+<g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">
+<text x="6" y="14" textLength="{left}" lengthAdjust="spacingAndGlyphs">{mark_up(name)}</text>
+<text x="{left + 18}" y="14" textLength="{right}">{state}</text></g></svg>
+"""
 
 
 def page_html(snapshot: Snapshot) -> str:
     """Build index.html: no script, nothing from elsewhere; what is not ok comes first."""
-    good, words, meaning = headline(snapshot)
-    state, colour = ("ok", GOOD) if good else ("failed", BAD)
-    now = snapshot.now if snapshot.up else 0.0  # nobody will rewrite "5 minutes ago"
-    pairs = sorted(zip(snapshot.targets, snapshot.runs),
-                   key=lambda pair: pair[0]["state"] in (None, "ok"))
-    sections = [section_html(now, target, runs, snapshot.output) for target, runs in pairs]
-    values = {"sign": SIGNS[state], "class": state, "colour": colour.replace("#", "%23"),
-              "words": words, "written": moment(snapshot.now), "meaning": meaning,
-              "targets": "\n".join(target_html(now, target) for target, _ in pairs),
-              "sections": "\n".join(sections)}
-    return re.sub(r"\$(\w+)", lambda match: values[match[1]], PAGE)
+    now, meaning = snapshot.now, "Rewritten every minute: if this is older, hookd is not running."
+    ended = [target["state"] for target in snapshot.targets if target["state"]]
+    good = ended.count("ok")
+    words = f"{good} of {len(ended)} targets ok" if ended else "No run has ended yet"
+    state = "ok" if snapshot.up and good == len(ended) else "failed"
+    if not snapshot.up:
+        now = 0.0  # nobody will rewrite "5 minutes ago"
+        words, meaning = "hookd is stopped", "Nothing is deployed until it is started again."
+    overview, sections = [], []
+    for target, runs in sorted(zip(snapshot.targets, snapshot.runs),
+                               key=lambda pair: pair[0]["state"] in (None, "ok")):
+        items = [run_html(now, run, snapshot.output.get(run["run"], "")) for run in runs]
+        overview.append(target_html(now, target))
+        sections += [f"<h2>{place_html(target)}</h2><ol>", *items, "</ol>"]
+    return PAGE.substitute(
+        sign=SIGNS[state], state=state, words=words, written=moment(snapshot.now), meaning=meaning,
+        overview="\n".join(overview), sections="\n".join(sections))
 
 
-PAGE = """<!doctype html>
+PAGE = string.Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">
 <meta name="viewport" content="width=device-width"><meta name="robots" content="noindex">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>$sign $words - hookd</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'
-><circle cx='4' cy='4' r='4' fill='$colour'/><text x='4' y='6' font-size='6' fill='white'
- text-anchor='middle'>$sign</text></svg>">
+<title>$sign $words - hookd</title><link rel="icon" href="data:,">
 <style>
 :root { --paper: #fdfcfa; --ink: #24262a; --soft: #62666e; --line: #e4e2dd; --mark: #f6efd9;
   --ok: #23693b; --bad: #ab2f27; --odd: #7d5400 }
@@ -3118,54 +3095,35 @@ body { font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); color: va
   max-width: 50rem; margin: auto; padding: 3rem 1.25rem; overflow-wrap: anywhere }
 h1 { font-size: 1.75rem; font-weight: 600; line-height: 1.4 }
 h2 { font-size: 1rem; font-weight: 600; margin-top: 3rem }
-a { color: inherit; text-decoration: underline 1px var(--soft); text-underline-offset: .25em }
+a { color: inherit; font-weight: 600; text-underline-offset: .25em }
 ul, ol { list-style: none; border-top: 1px solid var(--line); margin-top: .75rem }
 ul { margin-top: 2rem }
 li { display: grid; grid-template-columns: 7rem 1fr auto; column-gap: 1rem; padding: .75rem 0;
   border-bottom: 1px solid var(--line); scroll-margin-top: 5rem }
 li:target { background: var(--mark); box-shadow: -.75rem 0 var(--mark), .75rem 0 var(--mark) }
 li div { min-width: 0 }
-li a { font-weight: 600 }
 b { color: var(--odd); font-weight: 400 }
 i { font-style: normal; display: inline-block; width: 1.1em }
 .ok { color: var(--ok) }
 .failed, .timeout { color: var(--bad) }
-.soft, time, summary, code { color: var(--soft); font-size: .875rem; font-weight: 400 }
+.soft, time, summary, code { color: var(--soft); font-size: .875rem }
 code, pre { font: .875rem/1.5 ui-monospace, monospace }
 pre { white-space: pre-wrap; padding: .25rem 0 .25rem 1rem; border-left: 2px solid var(--line) }
 @media (max-width: 36rem) { body { padding-top: 1.5rem } li { grid-template-columns: 1fr auto }
   li div { grid-area: 2 / 1 / auto / -1 } }
 </style>
-<main><h1><b class="$class"><i aria-hidden="true">$sign</i></b> $words</h1>
+<main><h1><b class="$state"><i aria-hidden="true">$sign</i></b> $words</h1>
 <p class=soft>Written $written. $meaning</p>
 <ul>
-$targets
+$overview
 </ul>
 $sections
 </main></html>
-"""
-
-
-def badge_svg(target: Facts) -> str:
-    """Build a badge: a branch, and how its last run ended."""
-    state, name = target["state"] or "no run yet", escape(target["branch"][:40])
-    # textLength fits any font into this guess; East Asian letters are twice as wide as others.
-    left, right = (sum(13 if letter > "\u2e80" else 7 for letter in text) for text in (name, state))
-    colour = {"ok": GOOD, "failed": BAD, "timeout": BAD}.get(state, ODD)
-    title = mark_up(f"{target['repo']} {name}: {state}")
-    return f"""{BADGE_MARK}
-<svg xmlns="http://www.w3.org/2000/svg" width="{left + right + 24}" height="20" role="img"
- aria-label="{title}"><title>{title}</title>
-<rect width="{left + right + 24}" height="20" rx="3" fill="{colour}"/>
-<path d="M3 0h{left + 9}v20h-{left + 9}a3 3 0 0 1-3-3v-14a3 3 0 0 1 3-3z" fill="#4a4d52"/>
-<g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">
-<text x="6" y="14" textLength="{left}" lengthAdjust="spacingAndGlyphs">{mark_up(name)}</text>
-<text x="{left + 18}" y="14" textLength="{right}">{state}</text></g></svg>
-"""
+""")
 
 
 def labels(**values: str) -> str:
-    pairs = (f'{name}="{text.translate(LABEL_ESCAPES)}"' for name, text in values.items())
+    pairs = (f"{name}={json.dumps(text, ensure_ascii=False)}" for name, text in values.items())
     return f"{{{','.join(pairs)}}}"
 
 
@@ -3173,17 +3131,19 @@ def metrics_text(snapshot: Snapshot) -> str:
     """Build metrics.prom; targets of one branch share a line, as no line may come twice."""
     found: dict[str, dict[str, float]] = {name: {} for name in METRICS}
     up, written, runs, duration, success, waiting, paused = found.values()
-    up[""], written[""] = int(snapshot.up), round(snapshot.now, 3)
-    ended = {}
-    for repo, branch, state, number, last in snapshot.totals:
+    up[""], written[""], succeeded = int(snapshot.up), round(snapshot.now, 3), {}
+    for repo, branch, state, number, ended in snapshot.totals:
         runs[labels(repo=repo, branch=branch, state=state)] = number
-        ended[state, labels(repo=repo, branch=branch)] = last
+        if state == "ok":
+            succeeded[labels(repo=repo, branch=branch)] = ended
     for target in sorted(snapshot.targets, key=lambda target: target["run"] or 0):
         place = labels(repo=target["repo"].lower(), branch=target["branch"])
         waiting[place] = waiting.get(place, 0) + len(target["waiting"])
         paused[place] = int(target["paused"] is not None)
-        duration.update({place: target["duration"]} if target["duration"] is not None else {})
-        success.update({place: ended["ok", place]} if ("ok", place) in ended else {})
+        if target["duration"] is not None:
+            duration[place] = target["duration"]
+        if place in succeeded:
+            success[place] = succeeded[place]
     lines = []
     for name, (kind, words) in METRICS.items():
         lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
@@ -3194,20 +3154,20 @@ def metrics_text(snapshot: Snapshot) -> str:
 def replace_file(directory: str, name: str, text: str) -> None:
     """Replace a file by a rename unless it says the same already; make the folders of `name`."""
     path, data = os.path.join(directory, name), text.encode("utf-8", "replace")
-    temporary = f"{path}.new"
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read() == data:
             return
-    for end in [match.start() for match in re.finditer("/", name)]:
+    for slash in re.finditer("/", name):
+        folder = os.path.join(directory, name[: slash.start()])
         with contextlib.suppress(FileExistsError):
-            os.mkdir(os.path.join(directory, name[:end]))
-            os.chmod(os.path.join(directory, name[:end]), 0o755)  # a web server reads it
+            os.mkdir(folder)
+            os.chmod(folder, 0o755)  # a web server reads it
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
-    with open(temporary, "xb") as file:  # which follows no link
+        os.unlink(f"{path}.new")
+    with open(f"{path}.new", "xb") as file:  # which follows no link
         os.fchmod(file.fileno(), 0o644)
         file.write(data)
-    os.replace(temporary, path)
+    os.replace(f"{path}.new", path)
 
 
 def is_badge(path: str) -> bool:
@@ -3220,10 +3180,11 @@ def is_badge(path: str) -> bool:
 
 def write_page(directory: str, snapshot: Snapshot) -> None:
     """Replace what changed in an existing directory, remove what is gone; raise OSError."""
-    newest_last = sorted(snapshot.targets, key=lambda target: target["run"] or 0)
-    badges = {badge_name(target): badge_svg(target) for target in newest_last}
     files = {"status.json": json.dumps(snapshot.targets, indent=1) + "\n",
-             "metrics.prom": metrics_text(snapshot), **badges, "index.html": page_html(snapshot)}
+             "metrics.prom": metrics_text(snapshot)}
+    for target in sorted(snapshot.targets, key=lambda target: target["run"] or 0):
+        files[badge_name(target)] = badge_svg(target)
+    files["index.html"] = page_html(snapshot)
     for name, text in files.items():
         replace_file(directory, name, text)
     for folder, _, names in os.walk(os.path.join(directory, "badge")):
@@ -3744,10 +3705,12 @@ class Dispatcher:
             return None
         words = f"run {run.id} {'runs' if state == 'pending' else state}"
         note = f": {run.note}" if run.note and state != "pending" else ""
-        link = fill(hook.report_url, push.repo, push.ref, run.id)
-        value = state if state == "pending" else REPORTED.get(state, "error")
-        return Report(number, run.id, hook.report_api, token, push.repo, push.commit,
-                      f"hookd/{short_name(push.ref)}", value, escape(words + note)[:140], link)
+        body = {"state": state if state == "pending" else REPORTED.get(state, "error"),
+                "context": f"hookd/{short_name(push.ref)}",
+                "description": escape(words + note)[:140]}
+        if hook.report_url:
+            body["target_url"] = fill(hook.report_url, push.repo, push.ref, run.id)
+        return Report(number, run.id, hook.report_api, token, push.repo, push.commit, body)
 
 
 # ======================================================================================= daemon
@@ -4556,9 +4519,7 @@ def examine(setup: Setup, options: "argparse.Namespace") -> Iterator[tuple[str, 
                 ask_git, ["--version"], base_environment(replace(hook, environment_file="")))
             asks.append((hook.section, "git", ask))
         token = keyring.tokens.get(hook.section, "") if keyring else ""
-        fault = api_fault(hook.report_api) if token else ""
-        if token and online and not fault:
-            fault = check_token(hook.report_api, token, hook.repo)
+        fault = token and check_token(hook.report_api, token, hook.repo if online else "")
         if fault:
             yield hook.section, "report_api", fault
     for section, key, question in asks:
@@ -4930,12 +4891,6 @@ def has_history(state: str) -> bool:
     return False
 
 
-def ago(at: Optional[float]) -> str:
-    past = max(time.time() - (at or 0), 0)
-    unit, seconds = next((unit, size) for unit, size in (("d", 86400), ("h", 3600), ("min", 60),
-                                                         ("s", 1)) if past >= size or unit == "s")
-    return f"{past / seconds:.0f} {unit} ago" if at else ""
-
 
 def status_row(store: Store, facts: Mapping[str, Any]) -> list[str]:
     """Return a target's row of the table that `status` prints."""
@@ -4954,7 +4909,8 @@ def status_row(store: Store, facts: Mapping[str, Any]) -> list[str]:
         now.append(f"paused: {facts['paused']}" if facts["paused"] else "paused")
     last = [str(facts["run"] or "-"), facts["state"] or "-", (facts["commit"] or "")[:7]]
     row = [f"{facts['repo']} {facts['branch']}", *last, facts["pusher"] or "",
-           facts["subject"] or "", ago(facts["ended"]), took, ", ".join(now)]
+           facts["subject"] or "", ago(facts["ended"], time.time()) if facts["ended"] else "", took,
+           ", ".join(now)]
     return [escape(text) for text in row]
 
 
@@ -4981,7 +4937,7 @@ def show_status(setup: Setup, options: "argparse.Namespace") -> int:
         head = ["RUN", "STATE", "CAUSE", "COMMIT", "BY", "SUBJECT", "QUEUED", "TOOK", "NOTE"]
         table(head, [[escape(str(text)) for text in (
             row["run"], row["state"], row["cause"], (row["commit"] or "")[:7], row["pusher"] or "",
-            row["subject"] or "", ago(row["queued"]), "" if row["duration"] is None else
+            row["subject"] or "", ago(row["queued"], time.time()), "" if row["duration"] is None else
             f"{row['duration']:.1f}s", row["note"] or "")] for row in found])
     else:
         head = ["TARGET", "RUN", "STATE", "COMMIT", "BY", "SUBJECT", "ENDED", "TOOK", "NOW"]
