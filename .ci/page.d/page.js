@@ -49,7 +49,6 @@ async function look(browser, colorScheme, width) {
     title: document.title,
     text: document.body.innerText,
     elements: [...new Set([...document.querySelectorAll("*")].map((one) => one.localName))],
-    favicon: document.querySelector("link[rel=icon]").href,
     paper: getComputedStyle(document.body).backgroundColor,
   }));
   const link = page.locator("ul a").first();
