@@ -2211,9 +2211,10 @@ class Job:
         self.ask(clone, "update-ref", "--no-deref", "HEAD", self.commit)
         places = [(self.commit, "", clone, remote)]
         if nested:
+            # A path is a pusher's text: a newline in it may not look like another's absolute path.
             told = self.ask(clone, "submodule", "--quiet", "foreach", "--recursive",
-                            'echo "$sha1 $displaypath"')[1]
-            for line in told.splitlines():
+                            r'printf "%s %s\0" "$sha1" "$displaypath"')[1]
+            for line in told.split("\0")[:-1]:
                 commit, _, path = line.partition(" ")
                 places.append((commit, path, f"{clone}/{path}", ""))
         for commit, path, source, origin in places:
