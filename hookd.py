@@ -1881,8 +1881,8 @@ class Job:
         """Return the last words of a run that failed, without secrets."""
         if not self.output or outcome.state not in ("failed", "timeout"):
             return []
-        text = redact(self.output.tail[-4096:].decode("utf-8", "replace"), self.hidden)
-        return text.splitlines()[-QUOTED_LINES:]
+        text = redact(self.output.tail.decode("utf-8", "replace"), self.hidden)
+        return text[-4096:].splitlines()[-QUOTED_LINES:]
 
     def held_up(self) -> str:
         """Say what a run waits for that should have answered at once; "" where nothing."""
@@ -1973,7 +1973,8 @@ class Job:
     def read_environment(self) -> None:
         self.variables = base_environment(self.hook)
         if self.hook.environment_file:
-            self.hidden = [*self.hidden, *file_variables(self.hook).values()]
+            values = file_variables(self.hook).values()
+            self.hidden = [*self.hidden, *lines("\n".join(values))]
 
     def make_directory(self, path: str) -> None:
         self.doing = f"its directory {path}"
@@ -2840,7 +2841,7 @@ def hidden_words(levels: Mapping[str, Mapping[str, str]], base: str, state: str)
             with open(descriptor, encoding="utf-8", errors="replace") as file:
                 text = file.read(CHUNK)
             found += lines(text)
-            found += read_variables(text).values()
+            found += lines("\n".join(read_variables(text).values()))  # output is shown line by line
     return found
 
 
