@@ -1299,8 +1299,9 @@ class Store:
     def wake_timed(self) -> None:
         """Let the runs begin that waited for a time that has come."""
         sql = """UPDATE runs SET waits = '' WHERE state = 'queued' AND waits = 'time'
-            AND (not_before <= ? OR not_before > ?)"""  # a clock set back must hold nothing up
-        self.execute(sql, time.time(), time.time() + RETRY_SECONDS[-1])
+            AND (not_before <= ? OR not_before > ? + CASE note WHEN '' THEN ? ELSE ? END)"""
+        now = time.time()  # a clock set back must hold nothing up
+        self.execute(sql, now, now, BURST_SECONDS, RETRY_SECONDS[-1])
 
     def next_run(self, rank: int) -> int:
         """Return the run that begins next, of at most this rank; 0 where none can."""
