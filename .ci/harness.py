@@ -109,28 +109,20 @@ def forget_peak(pid):
 
 
 def cpu(pid):
-    """Return the processor time of one process and its threads in seconds, to the nanosecond."""
-    return time.clock_gettime((~pid << 3) | 2)  # as clock_getcpuclockid(3) makes it
-
-
-def cpu_with_children(root):
-    """Return the processor time of a process tree, ended children included, in seconds."""
-    ticks = 0
-    for pid in process_tree(root):
-        with suppress(OSError):
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15]))
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """Return the processor time of one process and its threads in seconds; 0 when it is gone."""
+    with suppress(OSError):
+        return time.clock_gettime((~pid << 3) | 2)  # as clock_getcpuclockid(3) makes it
+    return 0.0
 
 
 def wait_quiet(root, seconds=0.3):
     """Wait until a process tree has used next to no processor time for so long."""
-    before = [cpu_with_children(root)]
+    used = [0.0]
 
     def quiet():
         time.sleep(seconds)  # the span that is judged
-        before.append(cpu_with_children(root))
-        return before[-1] - before[-2] < 0.02
+        used.append(sum(map(cpu, process_tree(root))))
+        return abs(used[-1] - used[-2]) < 0.01
     wait_for(quiet, f"process {root} to become quiet")
 
 
