@@ -4204,18 +4204,6 @@ def read_ini(file: str) -> Ini:
         raise ConfigError(f"{file}: cannot be read: {error}; {remedy}") from None
 
 
-def read_secrets(hook: Hook, default: str) -> tuple[bytes, ...]:
-    """Return a hook's secrets; raise OSError or ValueError."""
-    found = list(hook.secret)
-    if hook.secret_file:
-        path = hook.secret_file if hook.secret_file == default else secret_path(hook.secret_file)
-        with open(path, encoding="utf-8") as file:
-            found += [line.rstrip("\r") for line in file.read().split("\n") if line.strip()]
-    if not found:
-        raise ValueError("it is empty")
-    return tuple(secret.encode() for secret in found)
-
-
 def make_secret(path: str) -> None:
     """Make the default secret where it is missing, whole or not at all; raise OSError."""
     if not os.path.exists(path):
@@ -4230,44 +4218,51 @@ def make_secret(path: str) -> None:
             os.unlink(new)
 
 
-def read_token(hook: Hook) -> str:
-    """Return a hook's token for its forge, "" without; raise OSError or ValueError."""
-    if hook.report_token or not hook.report_token_file:
-        return hook.report_token
-    with open(secret_path(hook.report_token_file), encoding="utf-8") as file:
-        return file.read().strip()
-
-
 def read_keyring(config: Config, make: bool) -> Keyring:
-    """Return the secrets and tokens that an ini names; raise ConfigError or OSError."""
-    default, problems = f"{config.state}/secret", []
-    hooks: dict[str, tuple[bytes, ...]] = {}
-    tokens: dict[str, str] = {}
-    known: dict[tuple[Any, str], tuple[bytes, ...]] = {}  # a source is read once
+    """Return the secrets and tokens that an ini names; raise ConfigError or OSError.
 
-    def attempt(hook: Hook, key: str, read: Callable[[], Any], otherwise: Any) -> Any:
+    The default secret counts where a hook uses it, and may be missing until it is made.
+    """
+    default, problems = f"{config.state}/secret", []
+    used = not config.hooks or default in [hook.secret_file for hook in config.hooks.values()]
+    if make and used:
+        make_secret(default)
+
+    def read(hook: Hook, key: str, given: tuple[str, ...]) -> tuple[str, ...]:
+        path = getattr(hook, key)
+        if not path or (path == default and not (used and os.path.exists(path))):
+            return given
         try:
-            return read()
+            with open(path if path == default else secret_path(path), encoding="utf-8") as file:
+                found = given + lines(file.read())
+            if not found:
+                raise ValueError("it is empty")
+            return found
         except (OSError, ValueError) as error:
             level = config.level_of(hook, key) or "hookd"
-            fault = "put it in a file that hookd may read"
-            problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); {fault}")
-            return otherwise
+            problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); put it in a "
+                            "file that hookd may read")
+            return given
 
-    if make and default in {hook.secret_file for hook in config.hooks.values() or [config.common]}:
-        make_secret(default)
+    secrets, tokens = {}, {}
     for hook in (*config.hooks.values(), config.common):
-        source = (hook.secret, hook.secret_file)
-        if source not in known and (hook is not config.common or not config.hooks or hook.secret
-                                    or hook.secret_file != default):
-            key = "secret_file" if hook.secret_file else "secret"
-            known[source] = attempt(hook, key, partial(read_secrets, hook, default), ())
-        hooks[hook.section] = known.get(source, ())
-        tokens[hook.section] = attempt(hook, "report_token_file", partial(read_token, hook), "")
+        words = read(hook, "secret_file", hook.secret)
+        secrets[hook.section] = tuple(word.encode() for word in words)
+        tokens[hook.section] = "".join(
+            read(hook, "report_token_file", lines(hook.report_token))[:1])
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    every = tuple(dict.fromkeys(secret for found in known.values() for secret in found))
-    return Keyring(hooks, hooks["hookd"], every, tokens)
+    every = tuple(dict.fromkeys(word for words in secrets.values() for word in words))
+    return Keyring(secrets, secrets["hookd"], every, tokens)
+
+
+def secrets_for(config: Config, hooks: Sequence[Hook], make: bool) -> tuple[bytes, ...]:
+    """Return the secrets of the first of a repository's hooks; without one, those of the daemon."""
+    keyring = read_keyring(config, make)
+    found = keyring.hooks[hooks[0].section] if hooks else keyring.common or keyring.every
+    if not found:
+        raise SystemExit("hookd: there is no secret yet; hookd makes it when it starts")
+    return found
 
 
 def load(file: str, state: str) -> tuple[Config, Keyring]:
@@ -4315,16 +4310,17 @@ def user_name() -> str:
         return str(os.geteuid())
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, whole but on a terminal that is too narrow."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table, whole but on a terminal that is too narrow; nothing in it that one obeys."""
+    cells = [head, *([escape("" if cell is None else str(cell)) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     room = os.get_terminal_size(1).columns if sys.stdout.isatty() else 10**6
     while sum(widths) + 2 * len(widths) - 2 > room and max(widths) > 8:
         widths[widths.index(max(widths))] -= 1
-    for row in (head, *rows):
-        cells = (text if len(text) <= width else text[: width - 1] + "~"
+    for row in cells:
+        shown = (text if len(text) <= width else text[: width - 1] + "~"
                  for text, width in zip(row, widths))
-        print("  ".join(map(str.ljust, cells, widths)).rstrip())
+        print("  ".join(map(str.ljust, shown, widths)).rstrip())
 
 
 def show(data: bytes, hidden: Sequence[str]) -> None:
@@ -4351,12 +4347,12 @@ def hidden_of(setup: Setup) -> list[str]:
         finally:
             os._exit(0)
     os.close(writer)
-    data, until = [b""], time.monotonic() + 2
-    while select.select([reader], [], [], max(until - time.monotonic(), 0.0))[0]:
-        data.append(os.read(reader, CHUNK))
-        if not data[-1]:
-            return [str(word) for word in json.loads(b"".join(data) or b"[]")]
-    return []
+    with open(reader, encoding="utf-8") as pipe:
+        ready = select.select([pipe], [], [], 2)[0]
+        return list(json.loads(pipe.read() or "[]")) if ready else []
+
+
+IS_BRANCH = "ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
 
 
 def find_hook(config: Config, options: "argparse.Namespace") -> tuple[Optional[Hook], Push]:
@@ -4366,8 +4362,7 @@ def find_hook(config: Config, options: "argparse.Namespace") -> tuple[Optional[H
                                                         for kind in ("heads", "tags")]
     if not REPOSITORY.fullmatch(options.repo) or not REF.fullmatch(refs[0]):
         raise SystemExit("hookd: REPO is written owner/repo, BRANCH as git knows it")
-    wanted = getattr(options, "event", "")
-    event = "push" if wanted == "delete" else wanted
+    event = "push" if options.event == "delete" else options.event
     push = Push(event or "push", options.repo, refs[0], "", pusher=user_name())
     for hook in config.hooks_for(options.repo):
         for ref in refs:
@@ -4385,14 +4380,34 @@ def needed_hook(setup: Setup, options: "argparse.Namespace") -> tuple[Hook, Push
     return hook, push
 
 
-def rows_of(store: Store, options: "argparse.Namespace") -> list[dict[str, Any]]:
+def place_name(repo: str, ref: str) -> str:
+    return " ".join(filter(None, [repo, short_name(ref)])) or "everything"
+
+
+def runs_of(options: "argparse.Namespace") -> tuple[str, list[str]]:
+    """Return the condition, and its values, of the runs of RUN or REPO BRANCH."""
+    if options.branch:
+        return f"r.repo = ? AND r.{IS_BRANCH}", [options.repo, *[options.branch] * 3]
+    if not options.repo.isdigit():
+        raise SystemExit("hookd: give the number of a run, or REPO BRANCH; hookd.py status has both")
+    return "r.id = ?", [options.repo]
+
+
+def targets_of(setup: Setup, store: Store, options: "argparse.Namespace") -> list[dict[str, Any]]:
     """Return the targets of REPO BRANCH, of REPO, or all, without those that are gone."""
-    repo, branch = getattr(options, "repo", None), getattr(options, "branch", None)
-    ran = """SELECT 1 FROM runs WHERE target = ?
-        AND ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"""  # tags share one target
-    return [row for row in listed(store.overview()) if (not repo or row["repo"].lower()
-            == repo.lower()) and (not branch or branch in (row["ref"], row["branch"])
-                                  or store.value(ran, row["target"], *[branch] * 3))]
+    repo, branch = options.repo, options.branch
+    ran = f"SELECT 1 FROM runs WHERE target = ? AND {IS_BRANCH}"  # tags share one target
+    hooks = setup.maybe.hooks if setup.maybe else None
+    return [row for row in listed(store.overview())
+            if (hooks is None or row["hook"] in hooks or row["running"] or row["waiting"])
+            and (not repo or row["repo"].lower() == repo.lower())
+            and (not branch or branch in (row["ref"], row["branch"])
+                 or store.value(ran, row["target"], *[branch] * 3))]
+
+
+def pauses(store: Store) -> list[str]:
+    rows = store.execute("SELECT repo, ref, why FROM pauses")
+    return [escape(f"paused: {place_name(repo, ref)}: {why}") for repo, ref, why in rows]
 
 
 def serve(setup: Setup, options: "argparse.Namespace") -> int:
@@ -4450,8 +4465,24 @@ def writable(path: str, root: str) -> str:
     return f"{user} cannot write {above}; as root: {remedy}"
 
 
-def examine_hook(config: Config, hook: Hook, root: str) -> Iterator[tuple[str, str]]:
-    """Yield key and fault of what is wrong with what a hook names, or with its place in the ini."""
+def fault_of(question: Callable[[], Any]) -> str:
+    """Return what a question that opens or asks something fails with, or nothing."""
+    try:
+        question()
+    except OSError as error:
+        return advice(str(error)) or str(error)
+    return ""
+
+
+def shell_fault(script: str) -> str:
+    done = subprocess.run(["/bin/sh", "-n", "-c", script], check=False, stdin=subprocess.DEVNULL,
+                          capture_output=True, encoding="utf-8", errors="replace")
+    words = done.stderr.strip().splitlines() or [""]
+    return f"sh cannot read it: {words[0]}" if done.returncode else ""
+
+
+def order_faults(config: Config, hook: Hook) -> Iterator[tuple[str, str]]:
+    """Yield key and fault of a hook beside those above it."""
     hooks = list(config.hooks.values())
     for other in hooks[: hooks.index(hook)]:
         same = hook.directory_pattern == other.directory_pattern
@@ -4463,10 +4494,11 @@ def examine_hook(config: Config, hook: Hook, root: str) -> Iterator[tuple[str, s
                                 "set another directory")
         elif same and hook.directory == f"{config.state}/{WORK}":
             yield "directory", f"is that of [{other.section}] too; set directory in one of them"
-    directory = re.sub(r"/[^/]*\{.*", "", hook.directory) or "/"
-    fault = writable(directory, root)
-    if fault:
-        yield "directory", fault
+
+
+def hook_faults(hook: Hook, root: str, git: Callable[[], Any]) -> Iterator[tuple[str, str]]:
+    """Yield each key that names something, and its fault, if any."""
+    yield "directory", writable(re.sub(r"/[^/]*\{.*", "", hook.directory) or "/", root)
     dot_git, key = os.path.join(hook.directory, ".git"), hook.deploy_key
     if hook.git and os.path.exists(dot_git) and os.stat(dot_git).st_uid != os.geteuid():
         yield "directory", f"git refuses another user's {hook.directory}; chown -R it"
@@ -4475,121 +4507,111 @@ def examine_hook(config: Config, hook: Hook, root: str) -> Iterator[tuple[str, s
     elif key and os.stat(key).st_mode & 0o077:
         yield "deploy_key", f"ssh refuses a key that others can read; chmod 600 {key}"
     for name in SCRIPTS:
-        done = subprocess.run(["/bin/sh", "-n", "-c", getattr(hook, name)], check=False,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE) if getattr(hook, name) else None
-        if done and done.returncode:
-            words = done.stderr.decode("utf-8", "replace").strip().splitlines() or [""]
-            yield name, f"sh cannot read it: {words[0]}"
-    if hook.environment_file:
-        try:
-            base_environment(hook)
-        except OSError as error:
-            yield "environment_file", str(error)
+        yield name, shell_fault(getattr(hook, name))
+    yield "environment_file", fault_of(partial(base_environment, hook))
+    if hook.git:
+        yield "git", fault_of(git)
 
 
-def has_secret(config: Config) -> bool:
-    """Tell whether the default secret exists: before the first start it need not."""
-    return os.path.exists(f"{config.state}/secret") or all(
-        hook.secret_file != f"{config.state}/secret" for hook in config.hooks.values())
+def daemon_faults(setup: Setup, pid: int, root: str) -> Iterator[tuple[str, str]]:
+    """Yield keys of [hookd] and their faults, if any, beside the hookd that serves this state."""
+    config, restart = setup.config, "differs from the running hookd's; systemctl restart hookd"
+    yield "tls_cert", fault_of(partial(tls_context, config))
+    with contextlib.suppress(OSError), open(os.path.join(setup.state, "locks", DAEMON_LOCK)) as file:
+        noted = re.search(r" log=(\w+)$", file.read())
+        if pid and noted and noted[1] != config.log:
+            yield "log", restart
+    if os.environ.get("MAINPID", str(pid)) != str(pid):
+        yield "state", restart
+    elif not config.listen.startswith("unix:") and not (
+            pid and config.listen == daemon_address(config)):
+        yield "listen", fault_of(lambda: open_socket(config.listen).close())
+    if config.page and not os.access(root + config.page, os.W_OK | os.X_OK):
+        yield "page", (f"{config.page} is no directory that hookd can write; as root: install -d "
+                       f"-o hookd -g hookd {config.page}")
 
 
-def examine(setup: Setup, options: "argparse.Namespace") -> Iterator[tuple[str, str, str]]:
-    """Yield section, key and fault of what is wrong with what an ini names."""
+def faults(setup: Setup, online: bool) -> Iterator[tuple[str, str, str]]:
+    """Yield section, key and fault, if any, of all that an ini names; `online` asks remotes too."""
     config, pid = setup.config, daemon_pid(setup.state)
     root = f"/proc/{pid}/root" if pid and os.access(f"/proc/{pid}/root/", os.X_OK) else ""
-    keyring = read_keyring(config, make=False) if has_secret(config) else None
-    with contextlib.suppress(OSError), open(os.path.join(setup.state, "locks", DAEMON_LOCK)) as file:
-        told = re.search(r" log=(\w+)$", file.read())
-        if pid and told and told[1] != config.log:
-            yield "hookd", "log", "differs from the running hookd's; systemctl restart hookd"
-    moved = os.environ.get("MAINPID", "").isdigit() and int(os.environ["MAINPID"]) != pid
-    if moved:
-        yield "hookd", "state", "differs from the running hookd's; systemctl restart hookd"
-    asks: list[tuple[str, str, Callable[[], Any]]] = [("hookd", "tls_cert",
-                                                       partial(tls_context, config))]
-    if not (config.listen.startswith("unix:") or moved
-            or (pid and config.listen == daemon_address(config))):
-        asks.append(("hookd", "listen", lambda: open_socket(config.listen).close()))
-    if config.page and not os.access(root + config.page, os.W_OK | os.X_OK):
-        remedy = f"as root: install -d -o hookd -g hookd {config.page}"
-        yield "hookd", "page", f"{config.page} is no directory that hookd can write; {remedy}"
-    for hook in config.hooks.values():
-        yield from ((hook.section, key, fault) for key, fault in examine_hook(config, hook, root))
-        online = options.online and not hook.repo.endswith("*")
-        if hook.git:
-            ask = partial(remote_refs, hook, hook.repo, config.state) if online else partial(
-                ask_git, ["--version"], base_environment(replace(hook, environment_file="")))
-            asks.append((hook.section, "git", ask))
-        token = keyring.tokens.get(hook.section, "") if keyring else ""
-        fault = token and check_token(hook.report_api, token, hook.repo if online else "")
-        if fault:
-            yield hook.section, "report_api", fault
-    for section, key, question in asks:
-        try:
-            question()
-        except OSError as error:
-            yield section, key, advice(str(error)) or str(error)
+    keyring = read_keyring(config, make=False)
+    for key, fault in daemon_faults(setup, pid, root):
+        yield "hookd", key, fault
+    for section, hook in config.hooks.items():
+        repo = hook.repo if online and not hook.repo.endswith("*") else ""
+        git = partial(remote_refs, hook, repo, config.state) if repo else partial(
+            ask_git, ["--version"], base_environment(replace(hook, environment_file="")))
+        for key, fault in (*order_faults(config, hook), *hook_faults(hook, root, git)):
+            yield section, key, fault
+        token = keyring.tokens[section]
+        yield section, "report_api", token and check_token(hook.report_api, token, repo)
 
 
-def doubts(setup: Setup) -> Iterator[str]:
-    """Yield warnings: what works, and is likely not meant."""
+def is_public(path: str) -> bool:
+    """Tell whether every user can read a file, and enter the folders above it."""
     from pathlib import Path
-    config, sudo = setup.config, False
-    yield from setup.ini.warnings
-    for hook in config.hooks.values():
-        sudo = sudo or bool(re.search(r"\bsudo\b", " ".join(getattr(hook, key) for key in SCRIPTS)))
+    places = [(Path(path), 0o004), *((folder, 0o001) for folder in Path(path).parents)]
+    return os.path.exists(path) and all(place.stat().st_mode & bit for place, bit in places)
+
+
+def doubts(setup: Setup) -> Iterator[tuple[str, str, str]]:
+    """Yield section, key and warning: what works, and is likely not meant."""
+    config = setup.config
+    with contextlib.suppress(OSError), open(f"/proc/{daemon_pid(setup.state) or 'self'}/status") as file:
+        if "NoNewPrivs:\t1" in file.read():
+            for section, hook in config.hooks.items():
+                for key in SCRIPTS:
+                    if re.search(r"\bsudo\b", getattr(hook, key)):
+                        yield section, key, ("sudo cannot work under the unit's NoNewPrivileges=; "
+                                             "README has polkit")
     given = [(level, key, text) for level, texts in config.levels.items()
              for key, text in texts.items() if key in (*SECRETS, "report_token", "report_token_file")]
     for level, key, text in [*given, ("hookd", "secret_file", f"{config.state}/secret")]:
         named = key.endswith("_file")
-        path = Path(secret_path(os.path.join(config.base, text)) if named else setup.file)
-        bits = [(path, 0o004), *((folder, 0o001) for folder in path.parents)]  # read and enter
-        if os.path.exists(path) and all(one.stat().st_mode & bit for one, bit in bits):
-            yield f"{config.name}: [{level}] {key}: every user can read {path}; chmod o-r {path}"
-    pid = daemon_pid(setup.state)
-    with contextlib.suppress(OSError), open(f"/proc/{pid or 'self'}/status") as file:
-        if sudo and "NoNewPrivs:\t1" in file.read():
-            yield f"{config.name}: sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
+        path = secret_path(os.path.join(config.base, text)) if named else setup.file
+        if is_public(path):
+            yield level, key, f"every user can read {path}; chmod o-r {path}"
 
 
 def explain(setup: Setup, options: "argparse.Namespace") -> int:
     """Print which hook takes REPO BRANCH, and each setting as it is for it; never a secret."""
     hook, push = needed_hook(setup, options)
-    config, hidden = setup.config, hidden_of(setup)
-    print(escape(f"[{hook.section}] takes {push.ref}, whose slug is {slug(push.ref)}"))
-    rows = []
+    config, hidden, rows = setup.config, hidden_of(setup), []
+    shown = {key: fill(getattr(hook, key), push.repo, push.ref)
+             for key in ("directory", "git", "lock", "report_url")}
+    shown.update(
+        secret="***" if hook.secret else "", secret_file=hook.secret_file,
+        report_token="***" if hook.report_token else "",
+        environment=" ".join(f"{name}=***" for name, _ in hook.environment))
     for key in HOOK_KEYS:
         level = config.level_of(hook, key)
         text = config.levels[level][key] if level else HOOK_KEYS[key].metadata["text"]
-        if key in SECRETS:  # the two are one setting
-            text, level = str(getattr(hook, key) or ""), level if getattr(hook, key) else ""
-        if key in ("secret", "report_token") and text:
-            text = "***"
-        if key in ("directory", "git", "lock", "report_url"):
-            text = fill(getattr(hook, key), push.repo, push.ref)
-        if key == "environment":
-            text = " ".join(f"{name}=***" for name, _ in hook.environment)
-        rows.append([key, redact(" ".join(text.split()), hidden), f"[{level}]" if level else "default"])
-    table(["SETTING", "VALUE", "FROM"], [list(map(escape, row)) for row in rows])
+        text = shown.get(key, text)
+        if key in SECRETS and not text:  # the two are one setting
+            level = ""
+        value = redact(" ".join(text.split()), hidden)
+        rows.append([key, value, f"[{level}]" if level else "default"])
+    print(escape(f"[{hook.section}] takes {push.ref}, whose slug is {slug(push.ref)}"))
+    table(["SETTING", "VALUE", "FROM"], rows)
     return 0
 
 
 def check(setup: Setup, options: "argparse.Namespace") -> int:
     """the ini and what it names: every problem, then a table of the hooks"""
-    config = setup.config
     if options.branch:
         return explain(setup, options)
-    hidden, bad = hidden_of(setup), 0
-    for section, key, fault in dict.fromkeys(examine(setup, options)):
-        bad += 1
-        place = f"{config.name}: [{section}]{' ' + key if key else ''}: {fault}"
-        print(escape(redact(place, hidden)), file=sys.stderr)
-    for warning in dict.fromkeys(doubts(setup)):
-        print(escape(redact(f"warning: {warning}", hidden)), file=sys.stderr)
-    rows = [[hook.section, hook.event, hook.directory] for hook in config.hooks.values()]
-    table(["HOOK", "EVENT", "DIRECTORY"], rows)
-    return 78 if bad else 0
+    ini, hooks, hidden = setup.ini, setup.config.hooks.values(), hidden_of(setup)
+    for section, key, fault in faults(setup, options.online):
+        if fault:
+            ini.problem(section, key, fault)
+    for doubt in doubts(setup):
+        ini.problem(*doubt, warns=True)
+    for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
+        print(redact(line, hidden), file=sys.stderr)
+    table(["HOOK", "EVENT", "DIRECTORY"],
+          [[hook.section, hook.event, hook.directory] for hook in hooks])
+    return 78 if ini.problems else 0
 
 
 # ---- verbs that change something
@@ -4619,7 +4641,7 @@ def full_commit(store: Store, hook: Hook, push: Push, text: str) -> str:
 
 def watch(setup: Setup, number: int, following: bool) -> int:
     """Print a run's output, and with `following` its end once it has come; return its exit status."""
-    store, shown, hidden, lost, last = setup.store, 0, hidden_of(setup), 0.0, b"\n"
+    store, hidden, shown, last, up_at = setup.store, hidden_of(setup), 0, b"\n", time.monotonic()
     while True:
         rows = store.runs("WHERE r.id = ?", number)
         path = run_file(setup.state, number, "output.log")
@@ -4628,29 +4650,25 @@ def watch(setup: Setup, number: int, following: bool) -> int:
             for data in iter(partial(file.readline, CHUNK), b""):
                 shown, last = shown + len(data), data[-1:]
                 show(data, hidden)
-        state = rows[0].state if rows else "gone"
-        if not following or state not in ("queued", "running", "superseded"):
-            break
-        newer = re.fullmatch(r"by run ([0-9]+)", rows[0].note)
-        if state == "superseded":
-            if not newer:
-                break
+        state = rows[0].state if rows else ""
+        newer = re.fullmatch("by run ([0-9]+)", rows[0].note) if state == "superseded" else None
+        if following and newer:
             number, shown = int(newer[1]), 0
             print(f"hookd: run {number} takes its place", file=sys.stderr)
-        elif not daemon_pid(setup.state):
-            lost = lost or time.monotonic()
-            if time.monotonic() > lost + GRACE_SECONDS:
-                print("hookd: hookd is not running; the run goes on when it starts", file=sys.stderr)
-                return 1
-        else:
-            lost = 0.0
+        elif not following or state not in ("queued", "running"):
+            break
+        elif daemon_pid(setup.state):
+            up_at = time.monotonic()
+        elif time.monotonic() > up_at + GRACE_SECONDS:
+            print("hookd: hookd is not running; the run goes on when it starts", file=sys.stderr)
+            return 1
         time.sleep(0.1)
-    code = store.value("SELECT exit FROM runs WHERE id = ?", number)
-    seconds = store.value("SELECT duration FROM runs WHERE id = ?", number) or 0.0
-    if following and rows:
-        text = summary(rows[0], Outcome(state, code or 0, rows[0].note), seconds)
-        print("" if last == b"\n" else "\n", escape(redact(text, hidden)), sep="")
-    return int(code) if code is not None else 0 if state == "ok" else 1
+    for code, seconds in store.execute("SELECT exit, duration FROM runs WHERE id = ?", number):
+        if following:
+            text = summary(rows[0], Outcome(state, code or 0, rows[0].note), seconds or 0.0)
+            print("" if last == b"\n" else "\n", escape(redact(text, hidden)), sep="")
+        return code or (0 if state == "ok" else 1)
+    return 1  # its row was forgotten
 
 
 def follow(setup: Setup, number: int) -> int:
@@ -4691,42 +4709,41 @@ def way_back(store: Store, target: Target, named: str) -> tuple[str, str, int]:
     From what does not work to what stands; else from what stands to the newest ok run of another
     commit before the one that deployed it, where a rollback counts as the run that it restored.
     """
-    good = [row for row in store.good(target.id) if row[1]]  # without git, some know no commit
-    if named.isdigit() and len(named) < 10:
-        for number, commit, release, restores in store.execute(
-                """SELECT id, commit_id, CASE state WHEN 'ok' THEN release ELSE '' END, restores
-                FROM runs WHERE id = ? AND target = ? AND seq IS NOT NULL AND commit_id != ''""",
-                int(named), target.id):
-            return commit, release, restores or number
-        raise SystemExit(f"hookd: run {named} deployed no commit that one could go back to")
-    if named:
-        for number, commit, release, restores in good:
-            if commit == named:
-                return commit, release, restores or number
-        return named, "", 0
+    if is_number(named):
+        row = store.execute(
+            """SELECT commit_id, CASE state WHEN 'ok' THEN release ELSE '' END,
+            CASE restores WHEN 0 THEN id ELSE restores END FROM runs
+            WHERE id = ? AND target = ? AND seq IS NOT NULL AND commit_id != ''""",
+            named, target.id).fetchone()
+        if not row:
+            raise SystemExit(f"hookd: run {named} deployed no commit that one could go back to")
+        return row[0], row[1], row[2]
+    good = [(restores or number, number, commit, release)  # without git, some know no commit
+            for number, commit, release, restores in store.good(target.id) if commit]
     last = store.value("""SELECT state FROM runs WHERE target = ? AND seq IS NOT NULL
         AND state != 'superseded' ORDER BY seq DESC LIMIT 1""", target.id)
+    if named:
+        good = [row for row in good if row[2] == named] or [(0, 0, named, "")]
+    elif last == "ok" and good:
+        origin, _, stands, _ = good[0]
+        good = [row for row in good if row[1] < origin and row[2] != stands]
     if not good:
-        raise SystemExit("hookd: there is nothing to go back to: no run ended ok yet")
-    number, commit, release, restores = good[0]
-    origin = restores or number
-    if last != "ok":
-        return commit, release, origin
-    for number, other, release, restores in good:
-        if number < origin and other != commit:
-            return other, release, restores or number
-    raise SystemExit(f"hookd: there is nothing to go back to: no other commit than {commit[:7]} "
-                     "ended ok before it")
+        raise SystemExit("hookd: there is nothing to go back to: no other commit ended ok before")
+    origin, _, commit, release = good[0]
+    return commit, release, origin
+
+
+def is_number(text: str) -> bool:
+    """Tell whether this is a run's number, not a commit."""
+    return text.isdigit() and len(text) < 10
 
 
 def rollback(setup: Setup, options: "argparse.Namespace") -> int:
     """go back to what worked, or to COMMIT or RUN; pauses the branch"""
     (hook, push), store = needed_hook(setup, options), setup.store
     repo, named = store.spelling(push.repo), options.goal or ""
-    if named and not (named.isdigit() and len(named) < 10 and store.value(
-            "SELECT 1 FROM runs WHERE id = ? AND repo = ?", int(named), repo)):
-        if named.isdigit() and len(named) < 7:
-            raise SystemExit(f"hookd: run {named} is not in the history of {push.place}")
+    known = is_number(named) and store.value("SELECT 1 FROM runs WHERE id = ? AND repo = ?", named, repo)
+    if named and not known:
         named = full_commit(store, hook, push._replace(repo=repo), named)
     with store.transaction():
         target = store.target(hook, push.repo, push.ref)
@@ -4735,7 +4752,7 @@ def rollback(setup: Setup, options: "argparse.Namespace") -> int:
         if busy:
             raise SystemExit(f"hookd: rollback run {busy} is not over yet; hookd.py log -f {busy}")
         commit, release, restores = way_back(store, target, named)
-        stands = (store.good(target.id) or [(0, "", "", 0)])[0][1]
+        stands = next((row[1] for row in store.good(target.id)), "")
         subject = store.value("SELECT subject FROM runs WHERE id = ?", restores) or ""
         push = push._replace(repo=repo, commit=commit, subject=subject, event=hook.event)
         number = store.add(Entry(target, push, "rollback", "", hook, push_json(push),
@@ -4744,92 +4761,78 @@ def rollback(setup: Setup, options: "argparse.Namespace") -> int:
         store.pause((repo, push.ref), why, number, target.id)
     moves = f"from {stands[:7] or 'nothing'}" if stands != commit else "back"
     print(f"{moves} to {commit[:7]}; {push.place} is paused, `hookd.py resume "
-          f"{repo} {short_name(push.ref)}` lets pushes deploy again", flush=True)
+          f"{place_name(repo, push.ref)}` lets pushes deploy again", flush=True)
     return follow(setup, number)
 
 
 def cancel(setup: Setup, options: "argparse.Namespace") -> int:
     """end RUN, or what runs and waits for REPO BRANCH"""
-    store, who, left = setup.store, f"by {user_name()}", []
-    if options.branch is None and not options.repo.isdigit():
-        raise SystemExit("hookd: give the number of a run, or REPO BRANCH")
-    where, words = "r.id = ?", [options.repo]
-    if options.branch:
-        where = "r.repo = ? AND r.ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
-        words += [options.branch] * 3
+    (where, words), store, who = runs_of(options), setup.store, f"by {user_name()}"
     with store.transaction():
         rows = store.runs(f"WHERE {where} AND r.state IN ('queued', 'running')", *words)
         for row in rows:
             if row.state == "queued":
                 store.move(row.id, "cancelled", note=who)
-                print(f"run {row.id} cancelled: {row.push}")
             else:
                 store.wish(row.id, who)
-                left.append(row)
     if not rows:
         raise SystemExit("hookd: nothing to cancel: no such run is running or waiting")
     up = wake_daemon(setup.state)
-    for row in left:
-        if not up:
-            print(f"hookd: hookd is not running; run {row.id} is cancelled when it starts",
-                  file=sys.stderr)
-            continue
-        while store.value("SELECT state FROM runs WHERE id = ?", row.id) == "running":
+    state_of = partial(store.value, "SELECT state FROM runs WHERE id = ?")
+    for row in rows:
+        while up and state_of(row.id) == "running":
             time.sleep(0.05)
-            if not daemon_pid(setup.state):
-                raise SystemExit(f"hookd: hookd stopped; run {row.id} is cancelled when it starts")
-        state = store.value("SELECT state FROM runs WHERE id = ?", row.id)
-        print(f"run {row.id} {state}: {row.push}")
+            up = daemon_pid(setup.state) > 0
+        state = state_of(row.id)
+        print(f"run {row.id} {state}: {row.push}" if state != "running" else
+              f"hookd: hookd is not running; run {row.id} is cancelled when it starts")
     return 0
 
 
-def pause_words(setup: Setup, options: "argparse.Namespace") -> tuple[str, str]:
+def pause_place(setup: Setup, options: "argparse.Namespace") -> tuple[str, str]:
     """Return repository and ref of a pause, "" where any will do."""
     repo, branch = options.repo or "", options.branch or ""
+    if branch and setup.maybe:
+        return repo, find_hook(setup.maybe, options)[1].ref
     if repo and not REPOSITORY.fullmatch(repo):
         raise SystemExit("hookd: REPO is written owner/repo")
-    if not branch:
-        return repo, ""
-    if setup.maybe is None:
-        return repo, branch if branch.startswith("refs/") else f"refs/heads/{branch}"
-    return repo, find_hook(setup.config, options)[1].ref
+    return repo, f"refs/heads/{branch}" if branch and branch[:5] != "refs/" else branch
 
 
 def pause(setup: Setup, options: "argparse.Namespace") -> int:
     """hold back the runs of a branch, a repository, or all"""
-    store, words = setup.store, pause_words(setup, options)
-    if words[0] and setup.maybe and not setup.config.hooks_for(words[0]):
-        raise SystemExit(f"hookd: hookd.ini has no hook for {words[0]}; `hookd.py check` lists them")
+    store, place = setup.store, pause_place(setup, options)
+    if place[0] and setup.maybe and not setup.maybe.hooks_for(place[0]):
+        raise SystemExit(f"hookd: {setup.ini.name} has no hook for {place[0]}; `hookd.py check` "
+                         "lists them")
     with store.transaction():
-        store.execute("DELETE FROM pauses WHERE repo = ? AND ref = ?", *words)
-        store.pause(words, options.why or f"by {user_name()}")
+        store.execute("DELETE FROM pauses WHERE repo = ? AND ref = ?", *place)
+        store.pause(place, options.why or f"by {user_name()}")
     wake_daemon(setup.state)
-    name = " ".join(filter(None, [words[0], short_name(words[1])]))
-    print(f"paused {name or 'everything'}; `hookd.py resume{' ' + name if name else ''}` goes on")
+    print(f"paused {place_name(*place)}; `hookd.py resume` with the same words goes on")
     return 0
 
 
 def resume(setup: Setup, options: "argparse.Namespace") -> int:
     """lift the pause that was made with the same words"""
-    store, (repo, ref) = setup.store, pause_words(setup, options)
+    store, place = setup.store, pause_place(setup, options)
     with store.transaction():
-        lifted = store.lift("repo = ? AND ref = ?", repo, ref)
+        lifted = store.lift("repo = ? AND ref = ?", *place)
         if lifted:
-            store.execute("INSERT INTO asks VALUES (?, ?)", repo, ref)
-    pauses = store.execute("SELECT repo, ref, why FROM pauses").fetchall()
-    for row in pauses:
-        name = " ".join(filter(None, [row[0], short_name(row[1])])) or "everything"
-        print(f"still paused: {escape(f'{name}: {row[2]}')}", file=sys.stderr)
+            store.execute("INSERT INTO asks VALUES (?, ?)", *place)
+    for line in pauses(store):
+        print(f"still {line}", file=sys.stderr)
     if not lifted:
         raise SystemExit("hookd: no pause was made with these words")
     wake_daemon(setup.state)
-    print(f"resumed {' '.join(filter(None, [repo, short_name(ref)])) or 'everything'}")
-    for row in rows_of(store, options):
+    print(f"resumed {place_name(*place)}")
+    for row in targets_of(setup, store, options):
+        name = f"{row['repo']} {row['branch']}"
         seen = store.value("SELECT commit_id FROM heads WHERE target = ? AND ref = ?",
                            row["target"], row["ref"])
         if seen and seen != row["last_good"] and not row["running"] and not row["waiting"]:
-            print(f"{row['repo']} {row['branch']}: {seen[:7]} stays undeployed; `hookd.py run "
-                  f"{row['repo']} {row['branch']}` deploys the newest commit")
+            print(f"{name}: {seen[:7]} stays undeployed; `hookd.py run {name}` deploys the newest "
+                  "commit")
     return 0
 
 
@@ -4861,17 +4864,15 @@ def post(config: Config, body: bytes, headers: Mapping[str, str]) -> tuple[int, 
 def send(setup: Setup, options: "argparse.Namespace") -> int:
     """a signed push to the running daemon, as GitHub would send it"""
     import uuid
-    config = setup.config
-    (hook, push), keyring = find_hook(config, options), read_keyring(config, make=False)
-    delivery, deleted = str(uuid.uuid4()), options.event == "delete"
+    config, deleted = setup.config, options.event == "delete"
+    hook, push = find_hook(config, options)
     commit = "" if deleted else options.commit or os.urandom(20).hex()
-    hooks = [hook] if hook else config.hooks_for(options.repo)
-    secrets = keyring.hooks[hooks[0].section] if hooks else keyring.common or keyring.every
-    body = push_json(push._replace(commit=commit, deleted=deleted))
+    secret = secrets_for(config, [hook] if hook else config.hooks_for(options.repo), make=False)[0]
+    body, delivery = push_json(push._replace(commit=commit, deleted=deleted)), str(uuid.uuid4())
     status, text = post(config, body, {
-        "Content-Type": JSON, "X-GitHub-Delivery": delivery, "X-GitHub-Event":
-        options.event if options.event == "ping" else push.event,
-        "X-Hub-Signature-256": f"sha256={hmac.digest(secrets[0], body, 'sha256').hex()}"})
+        "Content-Type": JSON, "X-GitHub-Delivery": delivery,
+        "X-GitHub-Event": options.event if options.event == "ping" else push.event,
+        "X-Hub-Signature-256": f"sha256={hmac.digest(secret, body, 'sha256').hex()}"})
     print(text, flush=True)
     if options.commit and hook and hook.git and push.event == "push" and not deleted:
         print("hookd: with git, the newest commit of the branch is deployed; hookd.py run --commit "
@@ -4894,60 +4895,51 @@ def has_history(state: str) -> bool:
     return False
 
 
-
-def status_row(store: Store, facts: Mapping[str, Any]) -> list[str]:
-    """Return a target's row of the table that `status` prints."""
+def facts_row(head: Sequence[Any], facts: Facts, at: Optional[float], end: str) -> list[Any]:
+    """Return a row of a table that `status` prints, of a target or of a run."""
     took = "" if facts["duration"] is None else f"{facts['duration']:.1f}s"
-    now = []
-    if facts["running"]:
-        began = store.value("SELECT began FROM runs WHERE id = ?", facts["running"])
-        why = store.why(facts["running"])
-        now.append(f"run {facts['running']} runs since {time.time() - began:.0f} s"
-                   + (f", {why}" if why else ""))
-    if facts["waiting"]:
-        why = store.why(facts["waiting"][0])
-        more = f" and {len(facts['waiting']) - 1} more" if len(facts["waiting"]) > 1 else ""
-        now.append(f"run {facts['waiting'][0]}{more} waits" + (f": {why}" if why else ""))
-    if facts["paused"] is not None and not facts["waiting"]:
-        now.append(f"paused: {facts['paused']}" if facts["paused"] else "paused")
-    last = [str(facts["run"] or "-"), facts["state"] or "-", (facts["commit"] or "")[:7]]
-    row = [f"{facts['repo']} {facts['branch']}", *last, facts["pusher"] or "",
-           facts["subject"] or "", ago(facts["ended"], time.time()) if facts["ended"] else "", took,
-           ", ".join(now)]
-    return [escape(text) for text in row]
+    return [*head, (facts["commit"] or "")[:7], facts["pusher"], facts["subject"],
+            ago(at, time.time()) if at else "", took, end]
+
+
+def doing(store: Store, target: Facts) -> str:
+    """Say what runs, what waits and why."""
+    running, waiting, paused = target["running"], target["waiting"], target["paused"]
+    words = []
+    if running:
+        began = store.value("SELECT began FROM runs WHERE id = ?", running)
+        words += [f"run {running} runs since {time.time() - began:.0f} s", store.why(running)]
+    if waiting:
+        more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+        words.append(f"run {waiting[0]}{more} waits: {store.why(waiting[0])}".rstrip(": "))
+    elif paused is not None:
+        words.append(f"paused: {paused}".rstrip(": "))
+    return ", ".join(filter(None, words))
 
 
 def show_status(setup: Setup, options: "argparse.Namespace") -> int:
     """each target: last run, when, by whom, what waits and why; with REPO BRANCH its runs"""
-    pid, hidden = daemon_pid(setup.state), hidden_of(setup)
-    store = Store(setup.state)
+    pid, hidden, store = daemon_pid(setup.state), hidden_of(setup), Store(setup.state)
     known = has_history(setup.state)
-    rows = rows_of(store, options) if known else []
-    if setup.maybe:
-        rows = [row for row in rows if row["hook"] in setup.maybe.hooks or row["running"]
-                or row["waiting"]]
-    if options.branch:
-        found = [clean(facts, RUN_FACTS, hidden) for row in rows
-                 for facts in history(store, row["target"])]
-    else:
-        found = [clean(row, TARGET_FACTS, hidden) for row in rows]
-    if options.repo and known and not found:
-        print(f"hookd: nothing has run for {escape(options.repo)} {escape(options.branch or '')}",
+    rows = targets_of(setup, store, options) if known else []
+    targets = [clean(row, TARGET_FACTS, hidden) for row in rows]
+    runs = [clean(facts, RUN_FACTS, hidden) for row in rows if options.branch
+            for facts in history(store, row["target"])]
+    if options.repo and known and not rows:
+        print(f"hookd: nothing has run for {escape(place_name(options.repo, options.branch or ''))}",
               file=sys.stderr)
     if options.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(runs if options.branch else targets, indent=1))
     elif options.branch:
-        head = ["RUN", "STATE", "CAUSE", "COMMIT", "BY", "SUBJECT", "QUEUED", "TOOK", "NOTE"]
-        table(head, [[escape(str(text)) for text in (
-            row["run"], row["state"], row["cause"], (row["commit"] or "")[:7], row["pusher"] or "",
-            row["subject"] or "", ago(row["queued"], time.time()), "" if row["duration"] is None else
-            f"{row['duration']:.1f}s", row["note"] or "")] for row in found])
+        table(["RUN", "STATE", "CAUSE", "COMMIT", "BY", "SUBJECT", "QUEUED", "TOOK", "NOTE"],
+              [facts_row([run["run"], run["state"], run["cause"]], run, run["queued"], run["note"])
+               for run in runs])
     else:
-        head = ["TARGET", "RUN", "STATE", "COMMIT", "BY", "SUBJECT", "ENDED", "TOOK", "NOW"]
-        table(head, [[redact(text, hidden) for text in status_row(store, row)] for row in rows])
-        for repo, ref, why in store.execute("SELECT repo, ref, why FROM pauses") if known else ():
-            name = " ".join(filter(None, [repo, short_name(ref)])) or "everything"
-            print(escape(redact(f"paused: {name}: {why}", hidden)))
+        table(["TARGET", "RUN", "STATE", "COMMIT", "BY", "SUBJECT", "ENDED", "TOOK", "NOW"],
+              [facts_row([f"{row['repo']} {row['branch']}", row["run"] or "-", row["state"] or "-"],
+                         row, row["ended"], redact(doing(store, row), hidden)) for row in targets])
+        for line in pauses(store) if known else ():
+            print(redact(line, hidden))
     if not options.json:
         print(f"hookd is running, pid {pid}" if pid else "hookd is not running")
     return 1 if not pid or any(row["state"] not in (None, "ok") for row in rows) else 0
@@ -4955,45 +4947,63 @@ def show_status(setup: Setup, options: "argparse.Namespace") -> int:
 
 def show_log(setup: Setup, options: "argparse.Namespace") -> int:
     """a run's output, by RUN or REPO BRANCH; the newest run's without"""
-    where, words = "r.seq IS NOT NULL", [word for word in (options.run, options.branch) if word]
-    if len(words) == 2:
-        where += " AND r.repo = ? AND r.ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
-        words += [options.branch] * 2
-    elif words:
-        where = "r.id = ?"
+    where, words = runs_of(options) if options.repo else ("r.seq IS NOT NULL", [])
     if not has_history(setup.state):
         return 1
-    order = "ORDER BY r.seq DESC, r.id DESC LIMIT 1"
-    for row in Store(setup.state).runs(f"WHERE {where} {order}", *words):
+    newest = f"WHERE {where} ORDER BY r.seq DESC, r.id DESC LIMIT 1"
+    for row in Store(setup.state).runs(newest, *words):
         note = f" ({row.note})" if row.note else ""
-        hidden = hidden_of(setup)
-        text = f"hookd: run {row.id} {row.state}{note}: {row.push}"
-        print(escape(redact(text, hidden)), file=sys.stderr)
+        text = redact(f"hookd: run {row.id} {row.state}{note}: {row.push}", hidden_of(setup))
+        print(escape(text), file=sys.stderr)
         watch(setup, row.id, options.follow)
         return 0
-    remedy = "give the number of a run, or REPO BRANCH, see hookd.py status"
-    raise SystemExit(f"hookd: no such run; {remedy}")
+    raise SystemExit("hookd: no such run; hookd.py status lists them")
 
 
 def show_secret(setup: Setup, options: "argparse.Namespace") -> int:
     """the secret to paste into GitHub, made if there is none"""
     make_state(setup.state)
-    config, keyring = setup.config, read_keyring(setup.config, make=True)
-    hooks = config.hooks_for(options.repo) if options.repo else []
+    hooks = setup.config.hooks_for(options.repo) if options.repo else []
     if options.repo and not hooks:
-        raise SystemExit(f"hookd: {config.name} has no hook for {options.repo}")
-    secrets = keyring.hooks[hooks[0].section] if hooks else keyring.common or keyring.every
-    print("\n".join(secret.decode() for secret in secrets))
+        raise SystemExit(f"hookd: {setup.ini.name} has no hook for {options.repo}")
+    print("\n".join(secret.decode() for secret in secrets_for(setup.config, hooks, make=True)))
     return 0
 
 
-VERBS = {"serve": serve, "check": check, "run": run, "rollback": rollback, "cancel": cancel,
-         "pause": pause, "resume": resume, "send": send, "status": show_status, "log": show_log,
-         "secret": show_secret}  # their docstrings are what --help says
-STATE_VERBS = ("status", "log", "cancel", "pause", "resume")  # they need the state, not the hooks
-CHANGING = ("run", "rollback", "cancel", "pause", "resume", "secret")
+class Verb(NamedTuple):
+    """What does a verb, whose docstring --help shows, its arguments, and what it needs."""
+
+    function: Callable[[Setup, "argparse.Namespace"], int]
+    arguments: str = ""
+    hooks: bool = True  # else the state is enough: it serves with a broken ini too
+    changes: bool = False
 
 
+VERBS = {
+    "serve": Verb(serve),
+    "check": Verb(check, "[REPO] [BRANCH] --online"),
+    "run": Verb(run, "REPO BRANCH --commit", changes=True),
+    "rollback": Verb(rollback, "REPO BRANCH [COMMIT|RUN]", changes=True),
+    "cancel": Verb(cancel, "RUN|REPO [BRANCH]", hooks=False, changes=True),
+    "pause": Verb(pause, "[REPO] [BRANCH] -m", hooks=False, changes=True),
+    "resume": Verb(resume, "[REPO] [BRANCH]", hooks=False, changes=True),
+    "send": Verb(send, "REPO BRANCH --event --commit --wait"),
+    "status": Verb(show_status, "[REPO] [BRANCH] --json", hooks=False),
+    "log": Verb(show_log, "[RUN|REPO] [BRANCH] -f", hooks=False),
+    "secret": Verb(show_secret, "[REPO]", changes=True)}
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "REPO": {"dest": "repo", "help": "owner/repo"},
+    "RUN|REPO": {"dest": "repo", "help": "a run's number, or owner/repo"},
+    "BRANCH": {"dest": "branch", "help": "a branch, or a whole refs/..."},
+    "COMMIT|RUN": {"dest": "goal", "help": "where to go back to"},
+    "-f": {"dest": "follow", "action": "store_true", "help": "until the run has ended"},
+    "-m": {"dest": "why", "default": "", "metavar": "WHY", "help": "for whoever asks"},
+    "--commit": {"metavar": "ID", "help": "of this commit"},
+    "--event": {"default": "", "choices": ("push", "delete", "workflow_run", "release", "ping"),
+                "help": "instead of the hook's own"},
+    "--json": {"action": "store_true", "help": "for programs"},
+    "--online": {"action": "store_true", "help": "also ask each git remote"},
+    "--wait": {"action": "store_true", "help": "follow the run; exit with its status"}}
 def arguments(argv: Sequence[str]) -> "argparse.Namespace":
     """Parse a command line; usage errors exit 2."""
     import argparse
@@ -5002,31 +5012,18 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
     top.add_argument("-c", metavar="FILE", dest="file", default=beside,
                      help="the ini; hookd.ini beside hookd.py unless given")
     top.add_argument("--version", action="version", version=f"hookd {VERSION}, for Python 3.9 or later")
-    verbs = top.add_subparsers(metavar="VERB", dest="verb")
-    of = {name: verbs.add_parser(name, help=verb.__doc__, description=verb.__doc__)
-          for name, verb in VERBS.items()}
-    optional = ("check", "pause", "resume", "status")
-    for name in ("run", "rollback", "send", *optional):
-        many = "?" if name in optional else None
-        of[name].add_argument("repo", metavar="REPO", nargs=many, help="owner/repo")
-        of[name].add_argument("branch", metavar="BRANCH", nargs=many,
-                              help="a branch, or a whole refs/...")
-    of["rollback"].add_argument("goal", nargs="?", metavar="COMMIT|RUN", help="where to go back to")
-    of["cancel"].add_argument("repo", metavar="RUN|REPO", help="a run's number, or owner/repo")
-    of["cancel"].add_argument("branch", nargs="?", metavar="BRANCH")
-    of["pause"].add_argument("-m", dest="why", default="", metavar="WHY", help="for whoever asks")
-    of["check"].add_argument("--online", action="store_true", help="also ask each git remote")
-    of["run"].add_argument("--commit", metavar="ID", help="deploy this commit")
-    of["send"].add_argument("--event", default="", help="instead of the hook's own",
-                            choices=("push", "delete", "workflow_run", "release", "ping"))
-    of["send"].add_argument("--commit", help="40 hex digits; made up unless given")
-    of["send"].add_argument("--wait", action="store_true", help="follow the run; exit with its status")
-    of["status"].add_argument("--json", action="store_true", help="for programs")
-    of["log"].add_argument("run", nargs="?", metavar="RUN|REPO", help="a run's number, or owner/repo")
-    of["log"].add_argument("branch", nargs="?", metavar="BRANCH")
-    of["log"].add_argument("-f", dest="follow", action="store_true", help="until the run has ended")
-    of["secret"].add_argument("repo", nargs="?", metavar="REPO", help="owner/repo")
-    top.set_defaults(verb="serve")
+    parsers = top.add_subparsers(metavar="VERB", dest="verb")
+    top.set_defaults(verb="serve", event="")
+    for name, verb in VERBS.items():
+        words = verb.function.__doc__
+        parser = parsers.add_parser(name, help=words, description=words)
+        for word in verb.arguments.split():
+            name = word.strip("[]")
+            if name.startswith("-"):
+                parser.add_argument(name, **ARGUMENTS[name])
+            else:
+                optional = "?" if name != word else None
+                parser.add_argument(metavar=name, nargs=optional, **ARGUMENTS[name])
     options = top.parse_args(argv)
     words = "".join(word for word in vars(options).values() if isinstance(word, str))
     if re.search("[\ud800-\udfff]", words.replace(options.file, "")):
@@ -5038,16 +5035,16 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
 
 def prepare(options: "argparse.Namespace", argv: Sequence[str]) -> Setup:
     """Read the ini, become the owner of its state; raise ConfigError where the verb needs hooks."""
-    alone = options.verb in STATE_VERBS
+    verb, config = VERBS[options.verb], None
     try:
         ini = read_ini(options.file)
     except ConfigError as error:
-        if not alone:
+        if verb.hooks:
             raise
         ini = Ini(os.path.basename(options.file), "/", "")
         ini.problems += error.problems
-    state, config = ini.state(default_state()), None
-    if options.verb in CHANGING and os.geteuid() == 0 and not os.path.isdir(state):
+    state = ini.state(default_state())
+    if verb.changes and os.geteuid() == 0 and not os.path.isdir(state):
         raise SystemExit(f"hookd: {state} does not exist yet; start hookd first: systemctl start hookd")
     become_owner(state, argv)
     if os.path.isdir(state) and not os.access(state, os.R_OK | os.X_OK):
@@ -5055,7 +5052,7 @@ def prepare(options: "argparse.Namespace", argv: Sequence[str]) -> Setup:
     try:
         config = ini.config(state)
     except ConfigError as error:
-        if not alone:
+        if verb.hooks:
             raise
         print("\n".join(error.problems), file=sys.stderr)
     return Setup(os.path.abspath(options.file), ini, state, config)
@@ -5065,7 +5062,7 @@ def main(argv: Sequence[str]) -> int:
     """Do what a command line asks; return the exit status."""
     options = arguments(argv)
     try:
-        return VERBS[options.verb](prepare(options, argv), options)
+        return VERBS[options.verb].function(prepare(options, argv), options)
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 78
