@@ -197,6 +197,10 @@ class Target(NamedTuple):
     repo: str
     ref: str  # "" where refs share it
     directory: str
+    event: str = ""  # of the newest push that was taken
+    order: int = 0
+    newest: str = ""  # its commit
+    signature: str = ""
 
 
 class Run(NamedTuple):
@@ -882,28 +886,24 @@ def push_json(push: Push) -> bytes:
 
 
 # ======================================================================================== store
-# SQLite holds the queue and the history; no other part writes SQL that changes them.
+# SQLite holds the queue and the history. Each transaction is on disk (WAL, synchronous=FULL) before
+# anything that follows from it happens. Verbs open the same database: what they want is a row too.
 #
 # A run is a row, and its state moves by one function, `Store.move`, along MOVES: nothing else
-# knows, or caches, what a run is. Each transaction is on disk (WAL, synchronous=FULL) before
-# anything that follows from it happens. The payload stays in the row until the run has ended.
+# knows, or caches, what a run is. The payload stays in the row until the run has ended.
 #
 # A queued run that may begin has waits = ''. Else it waits for exactly one thing: a time
-# (not_before), the end of a pause, or a lock, its directory or its `lock`, that a running run
-# has. When a lock becomes free the first run that waits for it is woken, and no other; a woken run
+# (not_before), the end of a pause, or a lock, its directory or its `lock`, that another run holds.
+# When a lock becomes free the first run that waits for it is woken, and no other; a woken run
 # that does not take the lock after all wakes the next. So what can begin is found in one look
 # at an index, however many runs wait.
-#
-# Verbs open the same database: what they want is a row too, written in one transaction.
 
-MOVES = {
+MOVES = {  # all other states are ends
     "queued": ("running", "superseded", "cancelled"),
     "running": ("ok", "failed", "timeout", "cancelled", "interrupted",
                 "superseded",  # git showed that what stands is newer
                 "queued")}  # it did not begin, could not reach the remote, or was cut off
-ENDS = ("ok", "failed", "timeout", "cancelled", "interrupted", "superseded")
 BY_VERB, EXACT, PATTERN = 0, 1, 2  # a run's rank: lower ranks begin first
-REPLACEABLE = "cause IN ('delivery', 'catch-up')"
 SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE targets (
@@ -914,20 +914,21 @@ CREATE TABLE targets (
     UNIQUE (hook, repo, ref, directory));
 CREATE TABLE heads (  -- the last commit of a branch that a delivery, catch-up or a run saw
     target INTEGER, ref TEXT, commit_id TEXT, PRIMARY KEY (target, ref)) WITHOUT ROWID;
-CREATE TABLE taken (  -- bodies that were taken, where GitHub's order does not tell them apart
+CREATE TABLE taken (  -- bodies before the newest, where GitHub's order does not tell them apart
     target INTEGER, signature TEXT, PRIMARY KEY (target, signature)) WITHOUT ROWID;
 CREATE TABLE asked (  -- pattern hooks whose branches catch-up has noted
     hook TEXT, repo TEXT COLLATE NOCASE, PRIMARY KEY (hook, repo)) WITHOUT ROWID;
 CREATE TABLE runs (
     id INTEGER PRIMARY KEY AUTOINCREMENT, target INTEGER, state TEXT, cause TEXT,
     event TEXT, repo TEXT COLLATE NOCASE, ref TEXT, commit_id TEXT, before_id TEXT, pusher TEXT,
-    subject TEXT, deleted INTEGER, delivery TEXT,
+    subject TEXT, deleted INTEGER, delivery TEXT DEFAULT '',
     rank INTEGER, lock TEXT,                    -- which kind begins first; its `lock`
     waits TEXT DEFAULT '', not_before REAL DEFAULT 0, burst_end REAL DEFAULT 0,
     goal TEXT DEFAULT '', release TEXT DEFAULT '',
     restores INTEGER DEFAULT 0,                 -- the run that a rollback goes back to
     attempts INTEGER DEFAULT 0, tries INTEGER DEFAULT 0, wish TEXT DEFAULT '',
-    owed INTEGER DEFAULT 0, reported INTEGER DEFAULT 0,
+    owed INTEGER DEFAULT 0,                     -- see Run; 3 while a job settles it
+    reported INTEGER DEFAULT 0,                 -- its commit is shown as pending
     seq INTEGER,                                -- the order in which runs began
     exit INTEGER, note TEXT DEFAULT '', queued REAL, began REAL, ended REAL, duration REAL,
     payload BLOB);
@@ -941,12 +942,10 @@ CREATE TABLE totals (repo TEXT, branch TEXT, state TEXT, runs INTEGER, ended REA
 CREATE TABLE asks (repo TEXT, ref TEXT);        -- what `resume` wants catch-up to look at
 CREATE INDEX runs_of_target ON runs (target, seq);
 CREATE INDEX runs_of_delivery ON runs (delivery);
-CREATE INDEX runs_ready ON runs (rank, id) WHERE state = 'queued' AND waits = '';
 CREATE INDEX runs_waiting ON runs (waits, rank, id) WHERE state = 'queued';
 CREATE INDEX runs_timed ON runs (not_before) WHERE state = 'queued' AND waits = 'time';
 CREATE INDEX runs_open ON runs (target, ref) WHERE state IN ('queued', 'running');
-CREATE INDEX runs_running ON runs (id) WHERE state = 'running';
-CREATE INDEX runs_owed ON runs (id) WHERE owed > 0;
+CREATE INDEX runs_busy ON runs (id) WHERE state = 'running' OR owed > 0;
 CREATE INDEX runs_good ON runs (target, seq) WHERE state = 'ok' AND deleted = 0;
 """
 MIGRATION = """
@@ -961,42 +960,24 @@ INSERT INTO runs (id, target, state, cause, event, repo, ref, commit_id, before_
         event, t.repo, t.ref, commit_id, before_id, pusher, '', deleted, delivery, 1, '', attempts,
         CASE WHEN began THEN r.id END, exit, note, queued, began, ended, duration, payload
     FROM old.runs r JOIN old.targets t ON t.id = r.target;
-UPDATE sqlite_sequence SET seq = max(seq, (SELECT seq FROM old.sqlite_sequence
-    WHERE name = 'runs')) WHERE name = 'runs';
 """
+REPLACEABLE = "cause IN ('delivery', 'catch-up')"
 STANDS = "FROM runs g WHERE g.target = {} AND g.state = 'ok' AND g.deleted = 0 ORDER BY g.seq DESC"
 # In the order of the fields of Run, Target and Push: see Store.runs.
-RUNS = f"""SELECT r.id, t.id, t.hook, t.repo, t.ref, t.directory, r.event, r.repo, r.ref,
-    r.commit_id, r.before_id, r.pusher, r.subject, r.deleted, 0, r.state, r.cause, r.delivery,
-    r.goal, r.release, r.attempts, r.tries, r.wish, r.owed, r.note,
+RUNS = f"""SELECT r.id, t.id, t.hook, t.repo, t.ref, t.directory, t.event, t.ordinal, t.newest,
+    t.signature, r.event, r.repo, r.ref, r.commit_id, r.before_id, r.pusher, r.subject, r.deleted,
+    r.state, r.cause, r.delivery, r.goal, r.release, r.attempts, r.tries, r.wish, r.owed, r.note,
     coalesce((SELECT l.state FROM runs l WHERE l.target = t.id AND l.seq IS NOT NULL
         AND l.ended IS NOT NULL AND l.id != r.id ORDER BY l.seq DESC LIMIT 1), ''),
     coalesce((SELECT g.commit_id {STANDS.format("t.id")} LIMIT 1), ''),
     coalesce((SELECT g.release {STANDS.format("t.id")} LIMIT 1), '')
     FROM runs r JOIN targets t ON t.id = r.target """
 PAUSED = "(p.repo IN ('', r.repo) AND p.ref IN ('', r.ref) OR p.target = r.target)"
-HELD = f"""SELECT p.why FROM runs r JOIN pauses p ON {PAUSED}
-    WHERE r.id = ? AND r.cause NOT IN ('run', 'rollback') ORDER BY p.id LIMIT 1"""
 
 
-class Entry(NamedTuple):
-    """What goes into the queue: a push, for a target, and how to run it."""
-
-    target: Target
-    push: Push
-    cause: str  # delivery, catch-up, run or rollback
-    delivery: str
-    hook: Hook
-    payload: Body = b""
-    goal: str = ""
-    release: str = ""
-    restores: int = 0
-
-    @property
-    def rank(self) -> int:
-        if self.cause in ("run", "rollback"):
-            return BY_VERB
-        return PATTERN if self.hook.is_pattern else EXACT
+def lock_names(directory: str, lock: str) -> list[str]:
+    """Return what a run must hold, as its `waits` names it."""
+    return [f"directory {directory}"] + ([f"lock {lock}"] if lock else [])
 
 
 class Store:
@@ -1019,18 +1000,8 @@ class Store:
         db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
         try:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            empty = not db.execute("SELECT 1 FROM sqlite_master").fetchone()
-            if version > SCHEMA_VERSION:
-                fault = f"is of a newer hookd (user_version {version}); use that one"
-                raise ConfigError(f"{self.path}: {fault}")
-            if version < SCHEMA_VERSION and not empty and not self.serves:
-                fault = "is of an older hookd; start hookd, which brings it up to date"
-                raise ConfigError(f"{self.path}: {fault}")
-            if version < SCHEMA_VERSION and not empty:
-                db.close()
-                db = self.upgrade(version)
-            elif empty:
-                self.create(db)
+            if version != SCHEMA_VERSION:
+                self.make_tables(db, version)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
             db.execute("SELECT id FROM runs LIMIT 1").fetchone()  # makes the write-ahead log
@@ -1043,34 +1014,28 @@ class Store:
         self.db, self.files = db, self.look()
         return db
 
-    def create(self, db: sqlite3.Connection) -> None:
+    def make_tables(self, db: sqlite3.Connection, version: int) -> None:
+        """Make the tables; fill them from those of an older hookd, and keep a copy of it."""
+        fault = "is of an older hookd; start hookd, which brings it up to date"
+        if version > SCHEMA_VERSION:
+            fault = f"is of a newer hookd (user_version {version}); use that one"
+        if version > SCHEMA_VERSION or (version and not self.serves):
+            raise ConfigError(f"{self.path}: {fault}")
         # After a database that was moved away, no run gets the number of another.
         numbers = [int(name) for name in os.listdir(f"{self.state}/runs") if name.isdigit()]
-        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} INSERT INTO sqlite_sequence VALUES "
-                         f"('runs', {max(numbers, default=0)}); "
-                         f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-
-    def upgrade(self, version: int) -> sqlite3.Connection:
-        """Bring a database of an older hookd up to date; keep it beside the new one."""
-        kept, fresh = f"{self.path}.{version}", f"{self.path}.new"
-        for path in (kept, fresh):
+        script = (f"{SCHEMA} INSERT INTO sqlite_sequence VALUES ('runs', "
+                  f"{max(numbers, default=0)}); PRAGMA user_version = {SCHEMA_VERSION};")
+        kept = f"{self.path}.{version}"
+        if version:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        old = sqlite3.connect(self.path, isolation_level=None)
-        old.execute("VACUUM INTO ?", (kept,))
-        old.close()
-        db = sqlite3.connect(fresh, isolation_level=None)
-        self.create(db)
-        db.execute("ATTACH ? AS old", (kept,))
-        db.executescript(f"BEGIN; {MIGRATION} COMMIT; DETACH old;")
-        db.close()
-        for tail in ("-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path + tail)
-        os.rename(fresh, self.path)
-        log.info("the database is up to date now; the old one is kept: %s", kept)
-        return sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+                os.unlink(kept)
+            db.execute("VACUUM INTO ?", (kept,))
+            db.execute("ATTACH ? AS old", (kept,))
+            script = f"DROP TABLE main.targets; DROP TABLE main.runs; {script} {MIGRATION}"
+        db.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
+        if version:
+            db.execute("DETACH old")
+            log.info("the database is up to date now; the old one is kept: %s", kept)
 
     def look(self) -> list[os.stat_result]:
         return [os.stat(self.path), os.stat(f"{self.path}-wal")]
@@ -1094,8 +1059,7 @@ class Store:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Make all that is written inside stand on disk together, or not at all."""
-        if self.db:
-            self.watch()
+        self.watch()
         self.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -1113,7 +1077,6 @@ class Store:
         except BaseException:
             if self.db and self.db.in_transaction:
                 self.execute("ROLLBACK TO event")
-                self.execute("RELEASE event")
             raise
         self.execute("RELEASE event")
 
@@ -1125,24 +1088,25 @@ class Store:
         row = self.execute(sql, *values).fetchone()
         return row and row[0]
 
-    def give_back(self) -> None:
-        """Return some free space of the file to the disk."""
-        if self.value("PRAGMA freelist_count") > 256:
-            self.execute("PRAGMA incremental_vacuum(2048)").fetchall()
+    def dicts(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        """Return rows by the names of their columns."""
+        cursor = self.execute(sql, *values)
+        names = [name for name, *_ in cursor.description]
+        return [dict(zip(names, row)) for row in cursor]
 
     # ---- targets, and the order of pushes
 
     def target(self, hook: Hook, repo: str, ref: str) -> Target:
         """Return the target of a hook for a ref, made if need be; two spellings are one."""
-        line = hook.line(ref)
-        sql = """SELECT id, hook, repo, ref, directory FROM targets
-            WHERE hook = ? AND repo = ? AND ref = ?"""
-        for row in self.execute(sql, hook.section, repo, line):
+        key = (hook.section, repo, hook.line(ref))
+        sql = """SELECT id, hook, repo, ref, directory, event, ordinal, newest, signature
+            FROM targets WHERE hook = ? AND repo = ? AND ref = ?"""
+        for row in self.execute(sql, *key):
             if row[4] == fill(hook.directory, row[2], ref):
                 return Target(*row)
-        row = (hook.section, repo, line, fill(hook.directory, repo, ref))
-        new = "INSERT INTO targets (hook, repo, ref, directory) VALUES (?, ?, ?, ?)"
-        return Target(self.execute(new, *row).lastrowid or 0, *row)
+        values = (*key, fill(hook.directory, repo, ref))
+        sql = "INSERT INTO targets (hook, repo, ref, directory) VALUES (?, ?, ?, ?)"
+        return Target(self.execute(sql, *values).lastrowid or 0, *values)
 
     def spelling(self, repo: str) -> str:
         """Return a repository's name as its newest delivery spelled it."""
@@ -1155,16 +1119,15 @@ class Store:
         GitHub's order decides, within one event; where it is equal or missing, `before` and
         `after` do. A body that was taken before is only repeated while it is the newest.
         """
-        sql = "SELECT event, ordinal, newest, signature FROM targets WHERE id = ?"
-        event, order, newest, latest = self.execute(sql, target.id).fetchone()
-        if push.order and order and push.event == event and push.order != order:
-            return bool(push.order < order)
-        if signature == latest:
+        ordered = push.order and target.order and push.event == target.event
+        if ordered and push.order != target.order:
+            return push.order < target.order
+        if signature == target.signature:
             return False
-        if self.value("SELECT 1 FROM taken WHERE target = ? AND signature = ?", target.id,
-                      signature):
+        sql = "SELECT 1 FROM taken WHERE target = ? AND signature = ?"
+        if self.value(sql, target.id, signature):
             return True
-        if push.before == newest:
+        if push.before == target.newest:
             return False
         known, name = ("commit_id", push.before) if push.deleted else ("before_id", push.commit)
         sql = f"SELECT 1 FROM runs WHERE target = ? AND {known} = ? AND event = ?"
@@ -1172,11 +1135,10 @@ class Store:
 
     def take(self, target: Target, push: Push, signature: str) -> None:
         """Note a push as the newest of its target."""
-        event, order = self.execute("SELECT event, ordinal FROM targets WHERE id = ?",
-                                    target.id).fetchone()
-        if push.order and (event, order) != (push.event, push.order):
+        if push.order and (target.event, target.order) != (push.event, push.order):
             self.execute("DELETE FROM taken WHERE target = ?", target.id)  # their order is lower
-        self.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", target.id, signature)
+        else:
+            self.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", target.id, target.signature)
         sql = """UPDATE targets SET event = ?, ordinal = ?, newest = ?, signature = ?, gone = 0
             WHERE id = ?"""
         self.execute(sql, push.event, push.order, push.commit, signature, target.id)
@@ -1201,100 +1163,92 @@ class Store:
     def runs(self, where: str, *values: Any) -> list[Run]:
         """Return runs; `where` is SQL of ours, r for runs and t for targets."""
         rows = self.execute(RUNS + where, *values)
-        return [Run(row[0], Target(*row[1:6]), Push(*row[6:15]), *row[15:]) for row in rows]
+        return [Run(row[0], Target(*row[1:10]), Push(*row[10:18]), *row[18:]) for row in rows]
 
-    def run(self, number: int) -> Optional[Run]:
-        return next(iter(self.runs("WHERE r.id = ?", number)), None)
+    def add(self, target: Target, push: Push, cause: str, hook: Hook, **facts: Any) -> int:
+        """Queue a run; return its number. `facts` are columns that not every run has."""
+        rank = PATTERN if hook.is_pattern else EXACT
+        facts.update(
+            state="queued", queued=time.time(), target=target.id, cause=cause,
+            rank=BY_VERB if cause in ("run", "rollback") else rank,
+            lock=fill(hook.lock, push.repo, push.ref), event=push.event, repo=push.repo,
+            ref=push.ref, commit_id=push.commit, before_id=push.before, pusher=push.pusher,
+            subject=push.subject, deleted=push.deleted)
+        marks = ", ".join("?" * len(facts))
+        sql = f"INSERT INTO runs ({', '.join(facts)}) VALUES ({marks})"
+        return self.execute(sql, *facts.values()).lastrowid or 0
 
-    def add(self, entry: Entry) -> int:
-        """Queue a run; return its number."""
-        push, lock = entry.push, fill(entry.hook.lock, entry.push.repo, entry.push.ref)
-        sql = """INSERT INTO runs (state, target, cause, event, repo, ref, commit_id, before_id,
-            pusher, subject, deleted, delivery, rank, lock, goal, release, restores, queued,
-            payload) VALUES ('queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-        return int(self.execute(
-            sql, entry.target.id, entry.cause, push.event, push.repo, push.ref, push.commit,
-            push.before, push.pusher, push.subject, push.deleted, entry.delivery, entry.rank, lock,
-            entry.goal, entry.release, entry.restores, time.time(), entry.payload).lastrowid or 0)
+    def supersede(self, target: int, ref: str, replaces: bool = False) -> list[int]:
+        """Let a branch's newest waiting push take the place of those before it.
 
-    def supersede(self, number: int) -> list[int]:
-        """Let a run take the place of those that a delivery or catch-up queued before it.
-
-        Behind a run that is at work it then waits for the end of the burst, so that a burst
-        costs two runs. Return the numbers of those replaced.
+        With `replaces` it also has the running one end. Behind a run it waits for the end of the
+        burst, so that a burst costs two runs. Return the numbers of those replaced.
         """
-        target, ref = self.execute("SELECT target, ref FROM runs WHERE id = ?", number).fetchone()
-        sql = f"""SELECT id, tries, burst_end FROM runs INDEXED BY runs_open WHERE target = ?
-            AND ref = ? AND state IN ('queued', 'running') AND state = 'queued' AND id < ?
-            AND {REPLACEABLE} ORDER BY id"""
-        rows = self.execute(sql, target, ref, number).fetchall()
-        for old, _, _ in rows:
-            self.move(old, "superseded", note=f"by run {number}")
-        burst = any(end for _, tries, end in rows if not tries)
-        sql = "SELECT 1 FROM runs WHERE target = ? AND ref = ? AND state = 'running'"
-        if burst or self.value(sql, target, ref):
+        sql = f"""SELECT id, state, tries, burst_end, {REPLACEABLE} FROM runs INDEXED BY runs_open
+            WHERE target = ? AND ref = ? AND state IN ('queued', 'running') ORDER BY id"""
+        rows = self.execute(sql, target, ref).fetchall()
+        running = [row for row in rows if row[1] == "running"]
+        waiting = [row for row in rows if row[1] == "queued" and row[4]]
+        if not waiting:
+            return []
+        *older, (newest, *_) = waiting
+        for number, *_ in older:
+            self.move(number, "superseded", note=f"by run {newest}")
+        ends = [end for _, _, tries, end, _ in older if end and not tries]
+        if running or ends:
             now = time.time()
-            end = max([end for _, _, end in rows] + [0.0]) or now + BURST_SECONDS
-            self.put_off(number, min(now + QUIET_SECONDS, end), "")
-            self.execute("UPDATE runs SET burst_end = ? WHERE id = ?", end, number)
-        return [old for old, _, _ in rows]
+            end = max(ends, default=now + BURST_SECONDS)
+            sql = """UPDATE runs SET waits = 'time', not_before = ?, burst_end = ?, note = ''
+                WHERE id = ?"""
+            self.execute(sql, min(now + QUIET_SECONDS, end), end, newest)
+        ended = [row[0] for row in running if replaces and row[4]
+                 and self.wish(row[0], f"by run {newest}")]
+        return [row[0] for row in older] + ended
 
-    def replace(self, number: int) -> list[int]:
-        """Have the running run that a push stands in the way of end; return its number."""
-        sql = f"""SELECT o.id FROM runs r JOIN runs o ON o.target = r.target AND o.ref = r.ref
-            WHERE r.id = ? AND o.state = 'running' AND o.wish = '' AND o.{REPLACEABLE}"""
-        rows = [old for (old,) in self.execute(sql, number)]
-        for old in rows:
-            self.wish(old, f"by run {number}")
-        return rows
-
-    def wish(self, number: int, why: str) -> None:
-        """Ask for the end of a running run."""
-        self.execute("UPDATE runs SET wish = ? WHERE id = ? AND wish = ''", why, number)
+    def wish(self, number: int, why: str) -> bool:
+        """Ask for the end of a running run; False where somebody did before."""
+        sql = "UPDATE runs SET wish = ? WHERE id = ? AND wish = ''"
+        return self.execute(sql, why, number).rowcount > 0
 
     def move(self, number: int, state: str, **facts: Any) -> None:
-        """Make one move of a run; refuse any that is not in MOVES."""
-        sql = """SELECT r.state, r.lock, t.directory, r.repo, r.ref, r.reported, r.deleted
+        """Make one move of a run, and write what follows; refuse a move that is not in MOVES."""
+        sql = """SELECT r.state, r.cause, r.lock, t.directory, r.repo, r.ref, r.reported, r.deleted
             FROM runs r JOIN targets t ON t.id = r.target WHERE r.id = ?"""
-        old, lock, directory, repo, ref, reported, deleted = self.execute(sql, number).fetchone()
+        row = self.execute(sql, number).fetchone()
+        old, cause, lock, directory, repo, ref, reported, deleted = row
         if state not in MOVES.get(old, ()):
             raise ValueError(f"run {number} cannot go from {old} to {state}")
-        facts["state"] = state
-        if state in ENDS:
-            facts.update(payload=None, ended=time.time(), waits="", wish="")
-        changes = ", ".join(f"{name} = ?" for name in facts)
-        self.execute(f"UPDATE runs SET {changes} WHERE id = ?", *facts.values(), number)
+        ends, now = state not in MOVES, time.time()
+        if ends:
+            facts.update(payload=None, ended=now, waits="", wish="")
+        changes = ", ".join(f"{name} = ?" for name in ("state", *facts))
+        self.execute(f"UPDATE runs SET {changes} WHERE id = ?", state, *facts.values(), number)
         if state != "running":
-            self.wake(f"lock {lock}", f"directory {directory}")
-        if state in ENDS and (reported or (old == "running" and state != "superseded"
-                                           and not deleted)):
+            self.wake(*lock_names(directory, lock))
+        if ends and (reported or (old == "running" and state != "superseded" and not deleted)):
             self.execute("INSERT INTO reports (run, state) VALUES (?, ?)", number, state)
-        if state in ENDS and old == "queued":
-            self.lift("run = ?", number)  # of a rollback that changed nothing
-        if state in ENDS and old == "running":
+        if ends and old == "running":
             sql = """INSERT INTO totals VALUES (?, ?, ?, 1, ?) ON CONFLICT (repo, branch, state)
                 DO UPDATE SET runs = runs + 1, ended = excluded.ended"""
-            self.execute(sql, repo.lower(), short_name(ref), state, facts["ended"])
+            self.execute(sql, repo.lower(), short_name(ref), state, now)
+        elif ends and cause == "rollback":
+            self.lift("run = ?", number)  # it changed nothing
 
-    def put_off(self, number: int, until: float, why: str) -> None:
-        """Have a queued run wait until then (seconds since the epoch)."""
-        sql = "UPDATE runs SET waits = 'time', not_before = ?, note = ? WHERE id = ?"
-        self.execute(sql, until, why, number)
+    def holders(self) -> dict[str, int]:
+        """Return which run holds each lock that is not free."""
+        sql = """SELECT t.directory, r.lock, r.id FROM runs r INDEXED BY runs_busy
+            JOIN targets t ON t.id = r.target WHERE r.state = 'running' OR r.owed > 0"""
+        return {name: number for directory, lock, number in self.execute(sql)
+                for name in lock_names(directory, lock)}
 
-    def holder(self, key: str) -> int:
-        """Return the running run that has a lock, 0 where none does."""
-        sql = """SELECT r.id FROM runs r INDEXED BY runs_running JOIN targets t ON t.id = r.target
-            WHERE r.state = 'running' AND ? IN ('lock ' || r.lock, 'directory ' || t.directory)"""
-        owed = sql.replace("runs_running", "runs_owed").replace("r.state = 'running'", "r.owed > 0")
-        return int(self.value(sql, key) or self.value(owed, key) or 0)
-
-    def wake(self, *keys: str) -> None:
-        """Let the first run that waits for each lock begin, where nobody has the lock now."""
+    def wake(self, *names: str) -> None:
+        """Let the first run that waits for each lock begin, where the lock is free."""
         sql = """UPDATE runs SET waits = '' WHERE id = (SELECT id FROM runs INDEXED BY runs_waiting
             WHERE state = 'queued' AND waits = ? ORDER BY rank, id LIMIT 1)"""
-        for key in keys:
-            if not self.holder(key):
-                self.execute(sql, key)
+        holders = self.holders()
+        for name in names:
+            if name not in holders:
+                self.execute(sql, name)
 
     def wake_timed(self) -> None:
         """Let the runs begin that waited for a time that has come."""
@@ -1305,56 +1259,34 @@ class Store:
 
     def next_run(self, rank: int) -> int:
         """Return the run that begins next, of at most this rank; 0 where none can."""
-        sql = """SELECT r.id, r.lock, t.directory FROM runs r INDEXED BY runs_ready
+        sql = """SELECT r.id, t.directory, r.lock FROM runs r INDEXED BY runs_waiting
             JOIN targets t ON t.id = r.target
             WHERE r.state = 'queued' AND r.waits = '' AND r.rank <= ?
             ORDER BY r.rank, r.id LIMIT 1"""
-        for row in iter(lambda: self.execute(sql, rank).fetchone(), None):
-            keys = [f"directory {row[2]}"] + ([f"lock {row[1]}"] if row[1] else [])
-            blocker = next((key for key in keys if self.holder(key)), "")
-            if not blocker and self.value(HELD, row[0]) is None:
-                return int(row[0])
-            self.execute("UPDATE runs SET waits = ? WHERE id = ?", blocker or "pause", row[0])
-            self.wake(*(key for key in keys if key != blocker))
+        for number, directory, lock in iter(lambda: self.execute(sql, rank).fetchone(), None):
+            names, holders = lock_names(directory, lock), self.holders()
+            blocker = next((name for name in names if name in holders), "")
+            if not blocker and self.paused(number) is None:
+                return int(number)
+            self.execute("UPDATE runs SET waits = ? WHERE id = ?", blocker or "pause", number)
+            self.wake(*names)
         return 0
 
     def next_time(self) -> float:
         """Return when the first run that waits for a time may begin, in seconds from now."""
-        sql = """SELECT min(not_before) FROM runs INDEXED BY runs_timed
-            WHERE state = 'queued' AND waits = 'time'"""
-        owed = "SELECT min(not_before) FROM runs INDEXED BY runs_owed WHERE owed > 0 AND owed < 3"
-        times = [at for at in (self.value(sql), self.value(owed)) if at is not None]
-        return max(min(times) - time.time(), 0.0) if times else NEVER
-
-    def begin(self, number: int) -> Run:
-        """Mark a run as running."""
-        seq = (self.value("SELECT max(seq) FROM runs") or 0) + 1
-        self.move(number, "running", began=time.time(), seq=seq, waits="", note="", exit=None)
-        return self.runs("WHERE r.id = ?", number)[0]
-
-    def cut_off(self, number: int, begun: bool, seconds: float) -> str:
-        """Queue again a run that a stop or a crash cut off, unless its script was cut off twice.
-
-        Return its state: queued, interrupted, or cancelled where somebody asked for that.
-        """
-        sql = "SELECT attempts, wish FROM runs WHERE id = ?"
-        attempts, wish = self.execute(sql, number).fetchone()
-        attempts += begun
-        self.execute("UPDATE runs SET attempts = ? WHERE id = ?", attempts, number)
-        if wish:
-            self.move(number, "cancelled", note=wish, duration=seconds)
-            return "cancelled"
-        if attempts >= ATTEMPTS_MAX:
-            self.move(number, "interrupted", note="cut off twice", exit=1, duration=seconds)
-            return "interrupted"
-        self.move(number, "queued", note="was cut off, runs again")
-        return "queued"
+        sql = """SELECT min(at) FROM (SELECT min(not_before) AS at FROM runs INDEXED BY runs_timed
+                WHERE state = 'queued' AND waits = 'time'
+            UNION ALL SELECT min(not_before) FROM runs INDEXED BY runs_busy
+                WHERE owed > 0 AND owed < 3)"""
+        at = self.value(sql)
+        return NEVER if at is None else max(at - time.time(), 0.0)
 
     # ---- pauses
 
     def paused(self, number: int) -> Optional[str]:
         """Return why a run is held back, None where it is not."""
-        why: Optional[str] = self.value(HELD, number)
+        why: Optional[str] = self.value(f"""SELECT p.why FROM runs r JOIN pauses p ON {PAUSED}
+            WHERE r.id = ? AND r.cause NOT IN ('run', 'rollback') ORDER BY p.id LIMIT 1""", number)
         return why
 
     def pause(self, words: tuple[str, str], why: str, run: int = 0, target: int = 0) -> None:
@@ -1378,15 +1310,14 @@ class Store:
 
         What stands is kept, and every release on disk. Deleted branches share one history.
         """
-        among = """target = ? OR target IN (SELECT id FROM targets WHERE gone)
-            AND (SELECT gone FROM targets WHERE id = ?)"""
-        kinds = {"= 'superseded'": keep, "NOT IN ('superseded', 'queued', 'running')": keep}
         gone: list[tuple[int]] = []
-        for kind, most in kinds.items():
+        for kind in ("= 'superseded'", "NOT IN ('superseded', 'queued', 'running')"):
             gone += self.execute(f"""SELECT id FROM (SELECT id, release, owed, target FROM runs
-                WHERE ({among}) AND state {kind} ORDER BY id DESC LIMIT -1 OFFSET ?) o
+                WHERE (target = ? OR target IN (SELECT id FROM targets WHERE gone)
+                    AND (SELECT gone FROM targets WHERE id = ?))
+                AND state {kind} ORDER BY id DESC LIMIT -1 OFFSET ?) o
                 WHERE o.owed = 0 AND o.release = '' AND o.id NOT IN (SELECT g.id
-                {STANDS.format("o.target")} LIMIT 1)""", target, target, most)
+                {STANDS.format("o.target")} LIMIT 1)""", target, target, keep)
         self.connect().executemany("DELETE FROM runs WHERE id = ?", gone)
         return [run for (run,) in gone]
 
@@ -1396,51 +1327,44 @@ class Store:
         return self.execute(sql, target).fetchall()
 
     def overview(self) -> list[dict[str, Any]]:
-        """Return the targets as `status --json` has them, and `gone` and `why`."""
-        sql = f"""SELECT t.id AS target, t.repo AS repo, t.hook AS hook, t.directory AS directory,
-            t.ref AS line, t.gone AS gone, r.ref AS ref, r.id AS run, r.state AS state,
-            r.event AS event, r.cause AS cause, r.commit_id AS "commit", r.subject AS subject,
-            r.pusher AS pusher, r.began AS began, r.ended AS ended, r.duration AS duration,
-            r.exit AS exit, r.note AS note, r.deleted AS deleted,
-            (SELECT g.commit_id {STANDS.format("t.id")} LIMIT 1) AS last_good
-            FROM targets t LEFT JOIN runs r ON r.id = (SELECT l.id FROM runs l
-                WHERE l.target = t.id AND l.seq IS NOT NULL AND l.state NOT IN
-                ('queued', 'running', 'superseded') ORDER BY l.seq DESC LIMIT 1)
-            ORDER BY t.repo, t.ref, t.id"""
-        cursor, found = self.execute(sql), []
-        for row in cursor.fetchall():
-            facts = dict(zip([name for name, *_ in cursor.description], row))
-            sql = """SELECT id, ref, state, repo FROM runs INDEXED BY runs_open WHERE target = ?
-                AND state IN ('queued', 'running') ORDER BY rank, id"""
-            waiting = self.execute(sql, facts["target"]).fetchall()
-            newest = waiting[-1] if waiting else None
-            facts["ref"] = facts["line"] or facts["ref"] or (newest and newest[1])
-            if facts["ref"]:
-                running = [number for number, _, state, _ in waiting if state == "running"]
-                facts["running"] = running[0] if running else None
-                facts["waiting"] = [number for number, _, state, _ in waiting if state == "queued"]
-                facts["branch"] = short_name(facts["ref"])
-                facts["paused"] = self.value(
-                    f"""SELECT p.why FROM pauses p, (SELECT ? AS repo, ? AS ref, ? AS target) r
-                    WHERE {PAUSED} ORDER BY p.id""", facts["repo"],
-                    facts["ref"], facts["target"])
-                found.append(facts)
-        return found
+        """Return the targets as `status --json` has them, and `target` and `gone`."""
+        rows = self.dicts(f"""SELECT *, (SELECT p.why FROM pauses p WHERE {PAUSED} ORDER BY p.id
+                LIMIT 1) AS paused
+            FROM (SELECT t.id AS target, t.repo AS repo, t.hook AS hook, t.directory AS directory,
+                t.gone AS gone, coalesce(nullif(t.ref, ''), l.ref, (SELECT o.ref FROM runs o
+                    WHERE o.target = t.id ORDER BY o.id DESC LIMIT 1)) AS ref, t.ref AS line,
+                l.id AS run, l.state AS state, l.event AS event, l.cause AS cause,
+                l.commit_id AS "commit", l.subject AS subject, l.pusher AS pusher,
+                l.began AS began, l.ended AS ended, l.duration AS duration, l.exit AS exit,
+                l.note AS note, (SELECT g.commit_id {STANDS.format("t.id")} LIMIT 1) AS last_good
+                FROM targets t LEFT JOIN runs l ON l.id = (SELECT id FROM runs WHERE target = t.id
+                    AND seq IS NOT NULL AND state NOT IN ('queued', 'running', 'superseded')
+                    ORDER BY seq DESC LIMIT 1)) r
+            WHERE ref IS NOT NULL ORDER BY repo, line, target""")
+        for facts in rows:
+            opened = self.execute("""SELECT id, state FROM runs INDEXED BY runs_open
+                WHERE target = ? AND state IN ('queued', 'running') ORDER BY rank, id""",
+                                  facts["target"]).fetchall()
+            facts["branch"] = short_name(facts["ref"])
+            facts["waiting"] = [number for number, state in opened if state == "queued"]
+            running = [number for number, state in opened if state == "running"]
+            facts["running"] = running[0] if running else None
+        return rows
 
     def why(self, number: int) -> str:
         """Say what a queued run waits for, or what holds a running one up; "" where nothing."""
-        row = self.execute("SELECT state, waits, not_before, note FROM runs WHERE id = ?",
-                           number).fetchone()
-        if row is None or row[0] == "running":
-            return row[3] if row else ""
-        waits, until, note = row[1:]
+        sql = "SELECT state, waits, not_before, note FROM runs WHERE id = ?"
+        row = self.execute(sql, number).fetchone()
+        state, waits, until, note = row or ("running", "", 0.0, "")
+        if state == "running":
+            return str(note)
         if waits == "time":
             at = time.strftime("%H:%M:%S", time.localtime(until))
             return f"next try at {at}: {note}" if note else ""
         if waits in ("", "pause"):
             why = self.paused(number)
-            return "for a free job" if why is None else f"paused: {why}" if why else "paused"
-        holder = self.holder(waits)
+            return "for a free job" if why is None else f"paused: {why}"
+        holder = self.holders().get(waits)
         lock = f" ({waits})" if waits.startswith("lock ") else ""
         return f"behind run {holder}{lock}" if holder else f"for the {waits}"
 
@@ -1460,23 +1384,22 @@ def listed(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def clean(facts: Mapping[str, Any], names: Sequence[str], hidden: Sequence[str]) -> dict[str, Any]:
     """Return the named facts as `status --json` has them: None where unknown, no secrets."""
-    texts = ("subject", "pusher", "note", "paused")
-    found = {name: facts[name] if facts[name] != "" or name == "paused" else None for name in names}
-    shown = {name: redact(str(found[name]), hidden) for name in texts if found.get(name)}
-    return {**found, **shown}
+    found: dict[str, Any] = {name: None if facts[name] == "" else facts[name] for name in names}
+    for name in ("subject", "pusher", "note", "paused"):
+        if found.get(name):
+            found[name] = redact(found[name], hidden)
+    return found
 
 
 def history(store: Store, target: int, most: int = -1) -> list[dict[str, Any]]:
     """Return a target's runs as `status REPO BRANCH --json` has them, newest first."""
-    cursor = store.execute("""SELECT id AS run, state, event, cause, commit_id AS "commit", subject,
+    rows = store.dicts("""SELECT id AS run, state, event, cause, commit_id AS "commit", subject,
         pusher, queued, began, ended, duration, exit, note FROM runs WHERE target = ?
         ORDER BY id DESC LIMIT ?""", target, most)
-    names = [name for name, *_ in cursor.description]
-    found = [dict(zip(names, row)) for row in cursor.fetchall()]
-    for facts in found:
-        if facts["state"] in ("queued", "running"):
+    for facts in rows:
+        if facts["state"] in MOVES:  # it has not ended
             facts["note"] = store.why(facts["run"])
-    return found
+    return rows
 
 
 def summary(run: Run, outcome: Outcome, seconds: float) -> str:
@@ -3378,14 +3301,14 @@ class Line(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """Ask a repository's remotes now."""
+    """Ask a repository's remotes now; "" means all."""
 
     repo: str
 
 
 Event = Union[Delivered, Named, Ended, Found, Reported]
 Effect = Union[Answer, Begin, End, Done, Line, Ask, Report]
-REPORTED = {"ok": "success", "failed": "failure", "timeout": "failure"}  # all else: error
+REPORTED = {"pending": "pending", "ok": "success", "failed": "failure", "timeout": "failure"}
 
 
 class Dispatcher:
@@ -3396,31 +3319,27 @@ class Dispatcher:
 
     def __init__(self, config: Config, store: Store, tell: Callable[[Any], None]) -> None:
         self.config, self.store, self.tell = config, store, tell
-        self.token: Callable[[Hook], str] = lambda hook: hook.report_token
+        self.tokens: Mapping[str, str] = {}  # by hook
         self.hidden: Sequence[str] = ()  # what the log shows as ***
         self.handed = 0  # the newest row of the outbox that was handed on
+        self.steps: Mapping[type, Callable[[Any], Iterator[Effect]]] = {
+            Delivered: self.delivered, Named: self.named, Ended: self.ended, Found: self.found,
+            Reported: self.reported}
 
     def turn(self, events: Sequence[Event], begins: bool) -> list[Effect]:
         """Apply events and, with `begins`, start what can begin; raise what the database raises."""
         effects: list[Effect] = []
         with self.store.transaction():
             for event in events:
-                effects += self.guarded(partial(self.apply, event), event)
-            effects += self.guarded(partial(self.follow, begins))
+                effects += self.guarded(self.steps[type(event)](event), event)
+            effects += self.guarded(self.follow(begins))
         return effects
 
-    def follow(self, begins: bool) -> Iterator[Effect]:
-        """Yield what follows from all events together."""
-        yield from self.wishes()
-        if begins:
-            yield from self.begin_due()
-        yield from self.outbox()
-
-    def guarded(self, step: Callable[[], Iterator[Effect]], event: Any = None) -> list[Effect]:
+    def guarded(self, step: Iterator[Effect], event: Optional[Event] = None) -> list[Effect]:
         """Take one step; one that raises is undone alone, logged and dropped."""
         try:
             with self.store.savepoint():
-                return list(step())
+                return list(step)
         except (sqlite3.Error, OSError, ConfigError):
             raise
         except Exception:
@@ -3429,54 +3348,67 @@ class Dispatcher:
                 return [Answer(event.connection, event.delivery, 500, "a bug in hookd")]
             return [Done(event.job, ())] if isinstance(event, Ended) else []
 
-    def apply(self, event: Event) -> Iterator[Effect]:
-        if isinstance(event, Delivered):
-            return self.delivered(event)
-        if isinstance(event, Named):
-            return self.named(event)
-        if isinstance(event, Ended):
-            return self.settled(event) if event.job.settles else self.ended(event)
-        return self.found(event) if isinstance(event, Found) else self.reported(event)
+    def follow(self, begins: bool) -> Iterator[Effect]:
+        """Yield what follows from all events together, and from what verbs have written."""
+        store, now = self.store, time.time()
+        busy = store.execute("""SELECT id, state = 'running', wish, owed IN (1, 2) AND
+            not_before <= ? FROM runs INDEXED BY runs_busy WHERE state = 'running' OR owed > 0""",
+                             now).fetchall()
+        for number, running, wish, _ in busy:
+            if running and wish:
+                yield End(number, wish)
+        asks = store.execute("SELECT DISTINCT repo FROM asks").fetchall()
+        for (repo,) in asks:
+            yield Ask(repo)
+            store.execute("DELETE FROM asks WHERE repo = ?", repo)
+        if begins:
+            for number, _, _, owed in busy:  # a crash's leftovers come first
+                if owed:
+                    yield from self.settle(number)
+            yield from self.begin(sum(1 for row in busy if row[1]))
+        yield from self.outbox()
+
+    def hook(self, run: Run) -> Optional[Hook]:
+        return self.config.hooks.get(run.target.hook)
 
     # ---- deliveries and catch-up
 
     def delivered(self, event: Delivered) -> Iterator[Effect]:
         """Queue a push, or say why not."""
-        decision, store = event.decision, self.store
-        hook, push = decision.hook, decision.push
-        assert hook and push  # what decide() sends here
+        (status, text, hook, push, payload, signature), store = event.decision, self.store
+        if hook is None or push is None:
+            raise TypeError("a delivery that no hook takes")
         target = store.target(hook, push.repo, push.ref)
+        late = store.is_late(target, push, signature)
+        if not late:
+            store.see(target, push.ref, push.commit)
         # With git, a branch's late push deploys the newest commit all the same.
         converges = hook.git and target.ref and push.event == "push" and not push.deleted
-        late = store.is_late(target, push, decision.signature)
-        status, text = decision.status, decision.text
         if late and not converges:
             status, text = 200, f"ignored: {push.place} had a newer push already"
-        elif not late:
-            store.see(target, push.ref, push.commit)
-        if status == 202:
+        elif status == 202:
             if not late:
-                store.take(target, push, decision.signature)
-            status, text = self.enqueue(event, target)
+                store.take(target, push, signature)
+            if push.deleted:
+                self.delete(hook, target, push.ref)
+            if push.deleted and not hook.on_delete:
+                status, text = 200, f"ignored: {push.place} was deleted"
+            else:
+                text = self.enqueue(hook, target, push, payload, event.delivery)
         yield Answer(event.connection, event.delivery, status, text)
 
-    def enqueue(self, event: Delivered, target: Target) -> tuple[int, str]:
+    def enqueue(self, hook: Hook, target: Target, push: Push, payload: Body,
+                delivery: str) -> str:
         """Put a push into the queue; return the answer, good once it is committed."""
-        store, hook, push = self.store, event.decision.hook, event.decision.push
-        assert hook and push
-        if push.deleted:
-            self.delete(hook, target, push.ref)
-            if not hook.on_delete:
-                return 200, f"ignored: {push.place} was deleted"
-        number = store.add(Entry(target, push, "delivery", event.delivery, hook,
-                                 event.decision.payload))
-        why = store.paused(number)
-        replaced = store.supersede(number) if hook.queue != "every" else []
-        if hook.queue == "replace" and why is None:
-            replaced += store.replace(number)
+        store = self.store
+        number = store.add(target, push, "delivery", hook, payload=payload, delivery=delivery)
+        why, replaced = store.paused(number), []
+        if hook.queue != "every":
+            ends = hook.queue == "replace" and why is None
+            replaced = store.supersede(target.id, push.ref, ends)
         place = "".join(f", in place of run {old}" for old in replaced)
-        held = "" if why is None else f"; paused: {escape(why)}" if why else "; paused"
-        return 202, f"queued run {number}: {push}{place}{held}"
+        held = "" if why is None else f"; paused: {escape(why)}"
+        return f"queued run {number}: {push}{place}{held}"
 
     def delete(self, hook: Hook, target: Target, ref: str) -> None:
         """Cancel what waits for a branch that is no more, and lift its pauses."""
@@ -3493,79 +3425,67 @@ class Dispatcher:
         store, hook = self.store, event.hook
         noted = store.value("SELECT 1 FROM asked WHERE hook = ? AND repo = ?", hook.section,
                             event.repo) or not hook.is_pattern
+        store.execute("INSERT OR IGNORE INTO asked VALUES (?, ?)", hook.section, event.repo)
+        repo = store.spelling(event.repo)
         for ref, commit in event.heads.items():
-            push = Push("push", store.spelling(event.repo), ref, commit)
+            push = Push("push", repo, ref, commit)
             if not REF.fullmatch(ref) or self.config.hook_for(push) != hook:
                 continue
-            target = store.target(hook, push.repo, ref)
+            target = store.target(hook, repo, ref)
             if store.seen(target, ref) == commit:
                 continue
             store.see(target, ref, commit)
             if noted:
-                number = store.add(Entry(target, push, "catch-up", "", hook,
-                                         push_json(push)))
+                number = store.add(target, push, "catch-up", hook, payload=push_json(push))
                 if hook.queue != "every":
-                    store.supersede(number)
+                    store.supersede(target.id, ref)
                 yield Line(logging.INFO, f"queued run {number}: {push}, found by catch-up")
-        store.execute("INSERT OR IGNORE INTO asked VALUES (?, ?)", hook.section, event.repo)
 
-    # ---- runs
+    # ---- what begins
 
-    def wishes(self) -> Iterator[Effect]:
-        """Pass on what verbs and pushes want: ends of running runs, questions to remotes."""
-        sql = "SELECT id, wish FROM runs INDEXED BY runs_running WHERE state = 'running'"
-        for number, why in self.store.execute(sql).fetchall():
-            if why:
-                yield End(number, why)
-        asks = self.store.execute("SELECT DISTINCT repo FROM asks").fetchall()
-        for (repo,) in asks:
-            yield Ask(repo)
-        if asks:
-            self.store.execute("DELETE FROM asks")
-
-    def begin_due(self) -> Iterator[Effect]:
-        """Choose what begins, while there are free jobs; a crash's leftovers come first."""
+    def begin(self, running: int) -> Iterator[Effect]:
+        """Choose what begins, while there are free jobs."""
         store, jobs = self.store, self.config.jobs
-        sql = "WHERE r.owed > 0 AND r.owed < 3 AND r.not_before <= ?"  # as the index has it
-        for run in store.runs(sql, time.time()):
-            hook = self.config.hooks.get(run.target.hook)
-            store.execute("UPDATE runs SET owed = ? WHERE id = ?", 3 if hook else 0, run.id)
-            if hook:
-                job = self.job(run, hook)
-                job.settles, job.began = True, f"run {run.id} was cut off; cleaning up: {run.push}"
-                yield Begin(job)
         store.wake_timed()
-        running = store.value("SELECT count(*) FROM runs WHERE state = 'running'")
         while running < jobs:
             # A pattern's run never takes the last of several jobs: a preview holds nothing up.
             number = store.next_run(PATTERN if running + 1 < jobs or jobs == 1 else EXACT)
             if not number:
                 break
             run = store.runs("WHERE r.id = ?", number)[0]
-            hook = self.config.hooks.get(run.target.hook)
+            hook = self.hook(run)
             if hook is None:
                 store.move(number, "cancelled", note="hookd.ini has no such hook any more")
-                yield Line(logging.WARNING, f"run {number} cancelled, its hook is no more: {run.push}")
+                yield Line(logging.WARNING,
+                           f"run {number} cancelled, its hook is no more: {run.push}")
                 continue
-            payload = store.value("SELECT payload FROM runs WHERE id = ?", number)
-            job = self.job(store.begin(number)._replace(note=run.note), hook)
-            job.payload = bytes(payload or b"")
             running += 1
-            commit = run.push if not hook.git else run.push.place
-            job.began = f"run {number} began: {commit}{self.words(run)}"
+            seq = (store.value("SELECT max(seq) FROM runs") or 0) + 1
+            store.move(number, "running", began=time.time(), seq=seq, note="", exit=None)
             if not hook.git and run.push.commit:
                 self.report_pending(number)
+            commit = run.push.place if hook.git else run.push
+            yield Begin(self.job(run, hook, f"run {number} began: {commit}{self.words(run)}"))
+
+    def settle(self, number: int) -> Iterator[Effect]:
+        """Have a job do what a cut-off run left to do."""
+        run = self.store.runs("WHERE r.id = ?", number)[0]
+        hook = self.hook(run)
+        self.store.execute("UPDATE runs SET owed = ? WHERE id = ?", 3 if hook else 0, number)
+        if hook:
+            job = self.job(run, hook, f"run {number} was cut off; cleaning up: {run.push}")
+            job.settles = True
             yield Begin(job)
 
-    def job(self, run: Run, hook: Hook) -> Job:
+    def job(self, run: Run, hook: Hook, began: str) -> Job:
         """Return a run's Job, with what it must know of the history."""
-        job = Job(run, hook, self.config.state, self.tell)
-        job.hidden = self.hidden
+        store, job = self.store, Job(run, hook, self.config.state, self.tell)
+        job.began, job.hidden = began, self.hidden
+        job.payload = store.value("SELECT payload FROM runs WHERE id = ?", run.id) or b""
         sql = "SELECT release, state FROM runs WHERE target = ? AND release != '' ORDER BY seq DESC"
-        job.releases = self.store.execute(sql, run.target.id).fetchall()
+        job.releases = store.execute(sql, run.target.id).fetchall()
         sql = "SELECT id FROM runs WHERE target = ? AND state = 'ok' ORDER BY id DESC LIMIT ?"
-        held = self.store.execute(sql, run.target.id, self.config.keep).fetchall()
-        job.held = {number for (number,) in held}
+        job.held = {number for (number,) in store.execute(sql, run.target.id, self.config.keep)}
         return job
 
     def words(self, run: Run) -> str:
@@ -3575,6 +3495,8 @@ class Dispatcher:
         facts = {"pusher": pusher, "subject": subject and f'"{subject}"', "cause": run.cause,
                  "delivery": escape(run.delivery)}
         return "".join(f" {name}={fact}" for name, fact in facts.items() if fact)
+
+    # ---- what a job's thread tells
 
     def named(self, event: Named) -> Iterator[Effect]:
         """Note which commit a run deploys, as soon as it is known."""
@@ -3586,78 +3508,94 @@ class Dispatcher:
             yield Line(logging.INFO, f"run {run.id} deploys {event.commit}: {push}")
 
     def ended(self, event: Ended) -> Iterator[Effect]:
-        """Record the end of a run; here every run that began has ended."""
-        job, outcome, store = event.job, event.outcome, self.store
-        run, number, state = job.run, job.run.id, event.outcome.state
-        push = run.push._replace(commit=job.commit, subject=job.subject)
-        facts = {"note": outcome.note, "exit": outcome.exit, "duration": event.seconds,
-                 "commit_id": job.commit, "subject": job.subject, "release": job.release}
-        if state == "queued":
-            store.move(number, "queued", tries=run.tries + outcome.unreachable, note=outcome.note)
-            store.put_off(number, time.time() + outcome.delay, outcome.note)
-            if outcome.unreachable:
-                yield Line(logging.WARNING,
-                           f"run {number} waits {outcome.delay:.0f} s: {outcome.note}: {push}")
-            elif outcome.note != run.note:  # tried every LOCK_SECONDS, and logged once
-                yield Line(logging.INFO, f"run {number} waits: {outcome.note}: {push}")
-            self.keep_newest(run)
+        """Record what became of a job; here every run that began ends, or waits again."""
+        run, state = event.job.run, event.outcome.state
+        if event.job.settles:
+            self.settled(run, event.outcome)
+        elif state == "queued":
+            yield from self.waits_again(event)
         elif state == "interrupted":
-            yield from self.cut_off(run, job.begun, event.seconds)
+            fresh = self.store.runs("WHERE r.id = ?", run.id)[0]
+            yield from self.cut_off(fresh, event.job.begun, event.seconds)
         else:
-            if run.cause == "rollback" and state != "ok" and not job.changed:
-                store.lift("run = ?", number)
-            if outcome.unreachable:  # it saw nothing: catch-up is to find the commit again
-                store.execute("DELETE FROM heads WHERE target = ? AND ref = ?", run.target.id,
-                              run.push.ref)
-            elif not run.goal and not run.push.deleted and job.commit:
-                sql = """INSERT INTO heads (commit_id, target, ref) VALUES (?, ?, ?)
-                    ON CONFLICT (target, ref) DO UPDATE SET commit_id = excluded.commit_id
-                    WHERE commit_id IN (?, ?)"""  # what was seen while it ran stays the newest
-                seen = run.push.commit, run.push.before if run.cause == "run" else run.push.commit
-                store.execute(sql, job.commit, run.target.id, run.push.ref, *seen)
-            store.move(number, state, **facts)
-            for name in job.dropped:
-                store.execute("UPDATE runs SET release = '' WHERE target = ? AND release = ?",
-                              run.target.id, name)
-            why = f" ({outcome.note})" if outcome.note else ""
-            level = logging.INFO if state in ("ok", "superseded") else logging.WARNING
-            yield Line(level, f"run {number} {state}{why}: {push} exit={outcome.exit} "
-                       f"seconds={event.seconds:.1f}{self.words(run._replace(push=push))}")
-            for line in job.quoted(outcome):
-                yield Line(logging.WARNING, f"run {number} said: {line}")
-        yield Done(job, store.prune(run.target.id, self.config.keep))
+            yield from self.finished(event)
+        yield Done(event.job, self.store.prune(run.target.id, self.config.keep))
+
+    def settled(self, run: Run, outcome: Outcome) -> None:
+        """Note that nothing of a cut-off run is left to do, or that it is tried again."""
+        sql = "UPDATE runs SET owed = ?, not_before = ?, note = ? WHERE id = ?"
+        if outcome.delay:
+            self.store.execute(sql, run.owed, time.time() + outcome.delay, run.note, run.id)
+        else:
+            self.store.execute(sql, 0, 0, outcome.note, run.id)
+            lock = self.store.value("SELECT lock FROM runs WHERE id = ?", run.id)
+            self.store.wake(*lock_names(run.target.directory, lock))
+
+    def waits_again(self, event: Ended) -> Iterator[Effect]:
+        """Queue again a run that did not begin, or could not reach its remote."""
+        run, (_, _, note, delay, unreachable) = event.job.run, event.outcome
+        self.store.move(run.id, "queued", tries=run.tries + unreachable, note=note, waits="time",
+                        not_before=time.time() + delay)
+        seconds = f" {delay:.0f} s" if unreachable else ""
+        if unreachable or note != run.note:  # a lock is tried every LOCK_SECONDS, and logged once
+            yield Line(logging.WARNING if unreachable else logging.INFO,
+                       f"run {run.id} waits{seconds}: {note}: {event.job.push}")
+        self.keep_newest(run)
 
     def keep_newest(self, run: Run) -> None:
         """Let a branch's newest push take the place of a run that waits again."""
-        hook = self.config.hooks.get(run.target.hook)
-        sql = f"""SELECT max(id) FROM runs WHERE target = ? AND ref = ?
-            AND state = 'queued' AND {REPLACEABLE}"""
-        newest = self.store.value(sql, run.target.id, run.push.ref)
-        if newest and hook and hook.queue != "every":
-            self.store.supersede(newest)
+        hook = self.hook(run)
+        if hook and hook.queue != "every":
+            self.store.supersede(run.target.id, run.push.ref)
+
+    def finished(self, event: Ended) -> Iterator[Effect]:
+        """Record how a run ended."""
+        job, outcome, store = event.job, event.outcome, self.store
+        run, push, state = job.run, job.push, outcome.state
+        if run.cause == "rollback" and state != "ok" and not job.changed:
+            store.lift("run = ?", run.id)
+        self.note_head(job, outcome)
+        store.move(run.id, state, note=outcome.note, exit=outcome.exit, duration=event.seconds,
+                   commit_id=job.commit, subject=job.subject, release=job.release)
+        for name in job.dropped:
+            store.execute("UPDATE runs SET release = '' WHERE target = ? AND release = ?",
+                          run.target.id, name)
+        why = f" ({outcome.note})" if outcome.note else ""
+        level = logging.INFO if state in ("ok", "superseded") else logging.WARNING
+        yield Line(level, f"run {run.id} {state}{why}: {push} exit={outcome.exit} "
+                   f"seconds={event.seconds:.1f}{self.words(run._replace(push=push))}")
+        for line in job.quoted(outcome):
+            yield Line(logging.WARNING, f"run {run.id} said: {line}")
+
+    def note_head(self, job: Job, outcome: Outcome) -> None:
+        """Note which commit of its branch a run saw; where it saw none, catch-up asks again."""
+        run, push = job.run, job.run.push
+        if outcome.unreachable:
+            self.store.execute("DELETE FROM heads WHERE target = ? AND ref = ?", run.target.id,
+                               push.ref)
+        elif job.commit and not run.goal and not push.deleted:
+            sql = """INSERT INTO heads (commit_id, target, ref) VALUES (?, ?, ?)
+                ON CONFLICT (target, ref) DO UPDATE SET commit_id = excluded.commit_id
+                WHERE commit_id IN (?, ?)"""  # what was seen while it ran stays the newest
+            before = push.before if run.cause == "run" else push.commit
+            self.store.execute(sql, job.commit, run.target.id, push.ref, push.commit, before)
+
+    # ---- a stop or a crash
 
     def cut_off(self, run: Run, begun: bool, seconds: float) -> Iterator[Effect]:
-        """Queue again, once, a run that a stop or a crash cut off."""
-        state = self.store.cut_off(run.id, begun, seconds)
-        hook = self.config.hooks.get(run.target.hook)
+        """Queue a run that was cut off, unless it was twice or is to be cancelled."""
+        attempts, hook = run.attempts + begun, self.hook(run)
+        state, note = "queued", "was cut off, runs again"
+        if run.wish:
+            state, note = "cancelled", run.wish
+        elif attempts >= ATTEMPTS_MAX:
+            state, note = "interrupted", "cut off twice"
         owes = hook and (state == "interrupted" or (hook.releases and not run.push.deleted))
-        self.store.execute("UPDATE runs SET owed = ? WHERE id = ?", 1 if owes else 0, run.id)
-        told = {"queued": "was cut off and runs again", "cancelled": f"cancelled ({run.wish})"}
-        words = told.get(state, "was cut off twice and stays interrupted")
+        ends = {} if state == "queued" else {"exit": 1, "duration": seconds}
+        self.store.move(run.id, state, note=note, attempts=attempts, owed=1 if owes else 0,
+                        **ends)
         level = logging.ERROR if state == "interrupted" else logging.WARNING
-        yield Line(level, f"run {run.id} {words}: {run.push}{self.words(run)}")
-
-    def settled(self, event: Ended) -> Iterator[Effect]:
-        """Note that nothing of a cut-off run is left to do."""
-        run, outcome = event.job.run, event.outcome
-        if outcome.state == "queued" and run.state != "queued" or outcome.delay:
-            sql = "UPDATE runs SET owed = ?, not_before = ? WHERE id = ?"
-            self.store.execute(sql, run.owed, time.time() + outcome.delay, run.id)
-        else:
-            sql = "UPDATE runs SET owed = 0, note = ? WHERE id = ?"
-            self.store.execute(sql, outcome.note, run.id)
-            self.store.wake(f"directory {run.target.directory}")
-        yield Done(event.job, ())
+        yield Line(level, f"run {run.id} was cut off and is {state}: {run.push}{self.words(run)}")
 
     def recover(self) -> list[Effect]:
         """Kill what a crash left running and queue it again; before anything else happens."""
@@ -3684,36 +3622,35 @@ class Dispatcher:
 
     def reported(self, event: Reported) -> Iterator[Effect]:
         self.store.execute("DELETE FROM reports WHERE id = ?", event.report)
-        return iter(())
+        yield from ()
 
     def outbox(self) -> Iterator[Effect]:
         """Hand on the commit statuses that moves have put into the outbox."""
-        rows = self.store.execute("SELECT id, run, state FROM reports WHERE id > ? ORDER BY id",
-                                  self.handed).fetchall()
-        for number, run_id, state in rows:
+        sql = "SELECT id, run, state FROM reports WHERE id > ? ORDER BY id"
+        for number, run, state in self.store.execute(sql, self.handed).fetchall():
             self.handed = number
-            report = None
-            for run in self.store.runs("WHERE r.id = ?", run_id):
-                report = self.report(number, run, state)
+            report = self.report(number, run, state)
             if report:
                 yield report
             else:
                 self.store.execute("DELETE FROM reports WHERE id = ?", number)
 
-    def report(self, number: int, run: Run, state: str) -> Optional[Report]:
+    def report(self, number: int, run_id: int, state: str) -> Optional[Report]:
         """Return the commit status for one state of a run; None where its hook has no token."""
-        hook, push = self.config.hooks.get(run.target.hook), run.push
-        token = self.token(hook) if hook else ""
-        if not hook or not token or not push.commit:
-            return None
-        words = f"run {run.id} {'runs' if state == 'pending' else state}"
-        note = f": {run.note}" if run.note and state != "pending" else ""
-        body = {"state": state if state == "pending" else REPORTED.get(state, "error"),
-                "context": f"hookd/{short_name(push.ref)}",
-                "description": escape(words + note)[:140]}
-        if hook.report_url:
-            body["target_url"] = fill(hook.report_url, push.repo, push.ref, run.id)
-        return Report(number, run.id, hook.report_api, token, push.repo, push.commit, body)
+        for run in self.store.runs("WHERE r.id = ?", run_id):
+            hook, push = self.hook(run), run.push
+            token = self.tokens.get(run.target.hook)
+            if not hook or not token or not push.commit:
+                break
+            words = f"run {run.id} runs" if state == "pending" else f"run {run.id} {state}"
+            note = f": {run.note}" if run.note and state != "pending" else ""
+            body = {"state": REPORTED.get(state, "error"),
+                    "context": f"hookd/{short_name(push.ref)}",
+                    "description": escape(words + note)[:140]}
+            if hook.report_url:
+                body["target_url"] = fill(hook.report_url, push.repo, push.ref, run.id)
+            return Report(number, run.id, hook.report_api, token, push.repo, push.commit, body)
+        return None
 
 
 # ======================================================================================= daemon
@@ -3724,12 +3661,12 @@ class Dispatcher:
 
 
 class Remotes:
-    """Find what no delivery announced: ask the remotes at start and every `catch_up`."""
+    """Ask the remotes for what no delivery announced: at start, and every `catch_up`."""
 
     def __init__(self, tell: Callable[[Any], None]) -> None:
         self.tell = tell
         self.next: dict[str, float] = {}  # by section, when its remotes are to be asked
-        self.down: set[str] = set()  # those that did not answer, which is logged once
+        self.down: set[str] = set()  # remotes that did not answer, which is logged once
         self.busy = False  # a thread asks; all that it changes
         self.rest_until = 0.0  # after a try that failed
 
@@ -3740,11 +3677,12 @@ class Remotes:
 
     def plan(self, config: Config, first: float) -> None:
         """Take a configuration's hooks; those that are new are asked `first` seconds from now."""
-        now = time.monotonic()
-        hooks = [hook for hook in config.hooks.values()
-                 if hook.git and hook.catch_up and hook.event == "push"]
-        self.next = {hook.section: min(self.next.get(hook.section, now + min(first, hook.catch_up)),
-                                       now + hook.catch_up) for hook in hooks}
+        now, known = time.monotonic(), self.next
+        self.next = {}
+        for hook in config.hooks.values():
+            if hook.git and hook.catch_up and hook.event == "push":
+                planned = known.get(hook.section, now + first)
+                self.next[hook.section] = min(planned, now + hook.catch_up)
 
     def hurry(self, sections: Iterable[str]) -> None:
         """Ask these hooks' remotes now."""
@@ -3753,45 +3691,37 @@ class Remotes:
     def start(self, config: Config, store: Store) -> None:
         """Ask those whose time has come, in a thread of their own."""
         now = time.monotonic()
-        due = [config.hooks[name] for name, at in self.next.items()
-               if at <= now and name in config.hooks]
+        hooks = [config.hooks[name] for name, at in self.next.items() if at <= now]
         self.rest_until = now + NOISE_SECONDS
         try:
-            pairs = [(hook, repo) for hook in due for repo in store.repositories(hook)]
+            pairs = [(hook, repo) for hook in hooks for repo in store.repositories(hook)]
         except (sqlite3.Error, OSError, ConfigError) as error:
             log.error("remotes cannot be asked now: %s", error)
             return
         self.busy = True  # before the thread, which may be through at once
         if start_thread(self.ask, pairs, config.state):
             self.rest_until = 0.0
-            self.next.update((hook.section, now + hook.catch_up) for hook in due)
+            self.next.update((hook.section, now + hook.catch_up) for hook in hooks)
         else:
             self.busy = False
 
     def ask(self, pairs: Sequence[tuple[Hook, str]], state: str) -> None:
-        """Ask for the branches of one hook after the other: the root of a thread."""
+        """Hand on the newest commits of the branches of each remote: the root of a thread."""
         for hook, repo in pairs:
+            remote = redact(fill(hook.git, repo, ""), ())
             try:
-                self.ask_remote(hook, repo, state)
+                self.tell(Found(hook, repo, remote_refs(hook, repo, state, "--heads")))
+                if remote in self.down:
+                    log.info("a remote can be asked again: %s", remote)
+                self.down.discard(remote)
+            except OSError as error:
+                if remote not in self.down:
+                    log.warning("a remote cannot be asked: %s", error)
+                self.down.add(remote)
             except Exception:
                 log.exception("a bug in hookd, in catch-up; please report this")
         self.busy = False
         self.tell(None)
-
-    def ask_remote(self, hook: Hook, repo: str, state: str) -> None:
-        """Hand on the newest commit of each branch of a remote."""
-        remote = redact(fill(hook.git, repo, ""), ())
-        try:
-            heads = remote_refs(hook, repo, state, "--heads")
-        except OSError as error:
-            if remote not in self.down:
-                log.warning("a remote cannot be asked: %s", error)
-            self.down.add(remote)
-            return
-        if remote in self.down:
-            log.info("a remote can be asked again: %s", remote)
-        self.down.discard(remote)
-        self.tell(Found(hook, repo, heads))
 
 
 def read_page(config: Config, up: bool) -> Snapshot:
@@ -3857,12 +3787,7 @@ class Daemon:
         self.remotes.plan(self.config, 0.0)
         log.info("listening on %s", self.where)
         notify("READY=1")
-        while self.stop_at == NEVER or not all(job.through for job in self.jobs.values()):
-            late = time.monotonic() - self.stop_at
-            if late > 0 and all(job.through or job.held_up() for job in self.jobs.values()):
-                break  # a thread that waits for a dead file system never ends
-            if late > 3 * GRACE_SECONDS:
-                break
+        while not self.is_over():
             try:
                 self.turn()
             except Exception:
@@ -3872,15 +3797,23 @@ class Daemon:
         self.close()
         return 0
 
+    def is_over(self) -> bool:
+        """Tell whether hookd is to stop and nothing runs that could be waited for."""
+        late = time.monotonic() - self.stop_at  # -inf where nobody wants a stop
+        if late > 3 * GRACE_SECONDS:
+            return True
+        # A thread that waits for a dead file system never ends.
+        return self.stop_at != NEVER and all(job.through or (late > 0 and job.held_up())
+                                             for job in self.jobs.values())
+
     def turn(self) -> None:
         """Wait for the next thing to do, then do all there is."""
-        due = min(self.look_at, self.stop_at, self.beat_at, self.noise.until, self.remotes.at)
-        connections = self.server.poll(due - time.monotonic() if not self.inbox else 0.0)
+        until = min(self.look_at, self.stop_at, self.beat_at, self.noise.until, self.remotes.at)
+        connections = self.server.poll(0.0 if self.inbox else until - time.monotonic())
         while self.signals:
             self.obey(self.signals.pop(0))
         self.noise.settle()
-        delivered = [event for one in connections for event in self.judge(one)]
-        self.advance(delivered)
+        self.advance(list(filter(None, map(self.judge, connections))))
         now = time.monotonic()
         if now >= self.remotes.at:
             self.remotes.start(self.config, self.store)
@@ -3914,31 +3847,33 @@ class Daemon:
         quiet = self.config.quiet and (readable or connection.whole)
         connection.answer(200 if quiet else status, "ok" if quiet else text)
 
-    def judge(self, connection: Connection) -> Iterator[Delivered]:
-        """Judge a delivery; answer it, unless a hook takes it: then yield it."""
+    def judge(self, connection: Connection) -> Optional[Delivered]:
+        """Judge a delivery; answer it, unless a hook takes it: then return it."""
         headers: Mapping[str, str] = connection.headers  # type: ignore[assignment]
-        body, webhook = connection.rfile.getbuffer(), headers.get("x-github-hook-id", "")[:20]
-        delivery = escape(headers.get("x-github-delivery", "")[:100]) or "-"
-        secrets = dict.fromkeys([*filter(None, [self.hints.get(webhook)]), *self.keyring.every])
         try:
-            secret = authenticate(secrets, headers["x-hub-signature-256"], body)
+            with connection.rfile.getbuffer() as body:
+                decision = self.decide(headers, body)
         except Refusal as refusal:
-            body.release()
             self.refused(connection, refusal)
-            return
+            return None
+        delivery = escape(headers.get("x-github-delivery", "")[:100]) or "-"
+        if decision.hook:
+            return Delivered(connection, delivery, decision)
+        self.reply(Answer(connection, delivery, decision.status, decision.text))
+        return None
+
+    def decide(self, headers: Mapping[str, str], body: memoryview) -> Decision:
+        """Return what judgement makes of a request; raise Refusal for a signature of nobody."""
+        webhook = headers.get("x-github-hook-id", "")[:20]
+        secrets = dict.fromkeys(filter(None, [self.hints.get(webhook), *self.keyring.every]))
+        secret = authenticate(secrets, headers["x-hub-signature-256"], body)
         if len(self.hints) < 1000:
             self.hints[webhook] = secret
         try:
             decision = decide(self.config, self.keyring, headers, body, secret)
         except Refusal as refusal:  # of a sender who is known
-            decision = Decision(refusal.status, refusal.reason)
-        if decision.hook and decision.payload is body:
-            decision = decision._replace(payload=bytes(body))
-        body.release()
-        if decision.hook:
-            yield Delivered(connection, delivery, decision)
-        else:
-            self.reply(Answer(connection, delivery, decision.status, decision.text))
+            return Decision(refusal.status, refusal.reason)
+        return decision._replace(payload=bytes(decision.payload))
 
     def reply(self, answer: Answer) -> None:
         """Answer a signed delivery and log the same."""
@@ -3985,18 +3920,16 @@ class Daemon:
                 log.log(effect.level, "%s", effect.text)
             elif isinstance(effect, Begin):
                 self.begin(effect.job)
-            elif isinstance(effect, End):
-                if effect.run in self.jobs:
-                    self.jobs[effect.run].end("cancelled", effect.why)
+            elif isinstance(effect, End) and effect.run in self.jobs:
+                self.jobs[effect.run].end("cancelled", effect.why)
             elif isinstance(effect, Done):
                 self.jobs.pop(effect.job.run.id, None)
                 for run in effect.forgotten:
                     forget(self.config.state, run)
             elif isinstance(effect, Ask):
-                mine = (hook for hook in self.config.hooks_for(effect.repo)
-                        if effect.repo) if effect.repo else self.config.hooks.values()
-                self.remotes.hurry(hook.section for hook in mine)
-            else:
+                self.remotes.hurry(hook.section for hook in self.config.hooks.values()
+                                   if not effect.repo or hook in self.config.hooks_for(effect.repo))
+            elif isinstance(effect, Report):
                 self.messenger.send(effect)
         except Exception:
             log.exception("a bug in hookd; it goes on, please report this")
@@ -4012,14 +3945,14 @@ class Daemon:
         """Note jobs that are held up; keep systemd's line and the page true."""
         for job in list(self.jobs.values()):
             why = job.held_up()
-            if why != job.complaint:
-                job.complaint = why
-                if why:
-                    log.warning("run %d is held up: %s: %s", job.run.id, why, job.run.push.place)
-                with contextlib.suppress(sqlite3.Error, OSError, ConfigError):
-                    with self.store.transaction():
-                        self.store.execute("UPDATE runs SET note = ? WHERE id = ? AND "
-                                           "state = 'running'", why, job.run.id)
+            if why == job.complaint:
+                continue
+            job.complaint = why
+            if why:
+                log.warning("run %d is held up: %s: %s", job.run.id, why, job.run.push.place)
+            sql = "UPDATE runs SET note = ? WHERE id = ? AND state = 'running'"
+            with contextlib.suppress(sqlite3.Error, OSError, ConfigError), self.store.transaction():
+                self.store.execute(sql, why, job.run.id)
         if any(job.doing for job in self.jobs.values()):
             self.look_at = min(self.look_at, time.monotonic() + 1)
         hooks, running = len(self.config.hooks), len(self.jobs)
@@ -4043,12 +3976,11 @@ class Daemon:
         tls = tls_context(config)
         listeners = self.listeners(config.listen, passed)
         self.server.tls, self.config, self.keyring = tls, config, keyring
-        self.dispatcher.config = config
-        self.dispatcher.token = lambda hook: keyring.tokens.get(hook.section, "")
-        words = [*(secret.decode() for secret in keyring.every), *keyring.tokens.values()]
-        self.dispatcher.hidden = [word for word in words if len(word) >= 8]
+        self.dispatcher.config, self.dispatcher.tokens = config, keyring.tokens
+        self.dispatcher.hidden = [*map(bytes.decode, keyring.every), *keyring.tokens.values()]
         self.server.room = max(BODIES_MAX, config.max_body + HEAD_MAX)
-        spare = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES - JOB_FILES * config.jobs
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        spare = files - SPARE_FILES - JOB_FILES * config.jobs
         self.server.most = max(16, min(CONNECTIONS_MAX, spare))
         self.server.listen(listeners)
         self.where = bound_address(listeners[0])
@@ -4061,7 +3993,7 @@ class Daemon:
         name = f"hookd-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
         stored = [sock for key in passed if key.startswith("hookd-") for sock in passed[key]]
         given = [sock for key in passed.values() for sock in key if sock not in stored]
-        self.given = self.given or bool(given)
+        self.given |= bool(given)
         if given or (self.server.listeners and (self.given or self.config.listen == wanted)):
             return given or self.server.listeners
         gone = wanted.startswith("unix:") and not os.path.exists(wanted[5:])
@@ -4091,7 +4023,8 @@ class Daemon:
             self.stop_at = time.monotonic() + seconds
             # systemd waits as long, and then for TERM, KILL and the way back of a release.
             notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int((seconds + 20) * 1e6)}")
-            log.info("stopping after %d running commands, in %.0f s at most", len(self.jobs), seconds)
+            log.info("stopping after %d running commands, in %.0f s at most", len(self.jobs),
+                     seconds)
 
     def reload(self) -> None:
         """Put the ini in force as it is now, or tell why not and keep the old one."""
@@ -4110,7 +4043,7 @@ class Daemon:
         self.look_at = 0.0
 
     def close(self) -> None:
-        """Answer who is here; a connection that comes now waits in the kernel for the next hookd."""
+        """Answer who is here; a new connection waits in the kernel for the next hookd."""
         listeners = self.server.listeners
         self.server.listen([])
         self.look_at = 0.0
@@ -4698,8 +4631,8 @@ def run(setup: Setup, options: "argparse.Namespace") -> int:
         target = store.target(hook, push.repo, push.ref)
         seen = store.seen(target, push.ref)
         push = push._replace(commit=goal or ("" if hook.git else seen), before=seen)
-        entry = Entry(target, push, "run", "", hook, push_json(push), goal if hook.git else "")
-        number = store.add(entry)
+        number = store.add(target, push, "run", hook, payload=push_json(push),
+                           goal=goal if hook.git else "")
     return follow(setup, number)
 
 
@@ -4755,8 +4688,8 @@ def rollback(setup: Setup, options: "argparse.Namespace") -> int:
         stands = next((row[1] for row in store.good(target.id)), "")
         subject = store.value("SELECT subject FROM runs WHERE id = ?", restores) or ""
         push = push._replace(repo=repo, commit=commit, subject=subject, event=hook.event)
-        number = store.add(Entry(target, push, "rollback", "", hook, push_json(push),
-                                 commit if hook.git else "", release, restores))
+        number = store.add(target, push, "rollback", hook, payload=push_json(push),
+                           goal=commit if hook.git else "", release=release, restores=restores)
         why = f"rolled back to {commit[:7]} by {user_name()}"
         store.pause((repo, push.ref), why, number, target.id)
     moves = f"from {stands[:7] or 'nothing'}" if stands != commit else "back"
