@@ -46,17 +46,17 @@ import resource
 import select
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
-import stat
 import string
 import subprocess
 import threading
 import time
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from email.utils import formatdate
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
@@ -116,10 +116,6 @@ class Refusal(Exception):
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status, self.reason = status, reason
-
-
-class Blocked(Exception):
-    """Say who holds a lock that a run needs."""
 
 
 # ======================================================================================= values
@@ -1420,9 +1416,9 @@ def summary(run: Run, outcome: Outcome, seconds: float) -> str:
 #
 # A run works under a flock(2) for its directory, shared ones for the directories above it, and one
 # for its `lock`. Its children inherit the descriptors: when hookd is killed, the locks are held for
-# as long as anything of the run lives, so nobody starts beside it. When a run ends as it should,
-# LOCK_UN frees them for all holders at once. Lock files are never removed: between one process's
-# open and another's unlink, each could hold "the" lock.
+# as long as anything of the run lives. When a run ends as it should, LOCK_UN frees them for all
+# holders at once. Lock files are never removed: between one process's open and another's unlink,
+# each could hold "the" lock.
 #
 # Every child leads a session, and so a process group, of its own; TERM and KILL go to the group.
 # What left the group (setsid, a service manager) is meant to outlive the run. After a crash the
@@ -1430,8 +1426,6 @@ def summary(run: Run, outcome: Outcome, seconds: float) -> str:
 # pid on disk could be another process's by now.
 #
 # Output goes through a pipe that is always read: no child blocks on it, and none fills the disk.
-# The end of the leader ends the run, whoever still holds the pipe.
-#
 # A step of a run returns None when the next may follow, else the Outcome that ends the run.
 
 PRIVATE = re.compile(
@@ -1468,88 +1462,38 @@ def run_file(state: str, run: int, name: str = "") -> str:
     return os.path.join(state, "runs", str(run), name)
 
 
-def forget(state: str, run: int) -> None:
-    """Remove a run's files."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir(run_file(state, run)):
-            os.unlink(run_file(state, run, name))
-        os.rmdir(run_file(state, run))
-
-
 def private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def lock_file(state: str, name: str) -> str:
-    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
-    label = re.sub("[^a-z0-9]+", "-", os.path.basename(name).lower())[:40].strip("-")
-    return os.path.join(state, "locks", f"{label}-{digest}.lock".lstrip("-"))
-
-
-def free_locks(files: Iterable[int]) -> None:
-    for file in files:
-        fcntl.flock(file, fcntl.LOCK_UN)  # for the children that hold it, too
-        os.close(file)
-
-
-def take_locks(state: str, names: Mapping[str, int], holder: str) -> list[int]:
-    """Return descriptors that hold locks, each LOCK_EX or LOCK_SH; raise Blocked, never wait."""
-    files: list[int] = []
-    os.makedirs(os.path.join(state, "locks"), 0o700, exist_ok=True)
-    try:
-        for name, kind in names.items():
-            files.append(private(lock_file(state, name), os.O_RDWR | os.O_CREAT))
-            fcntl.flock(files[-1], kind | fcntl.LOCK_NB)
-            if kind == fcntl.LOCK_EX:  # for people, who do without on a full disk
-                with contextlib.suppress(OSError):
-                    text = os.fsencode(f"{holder} {name}\n")
-                    os.ftruncate(files[-1], os.pwrite(files[-1], text, 0))
-    except OSError as error:
-        who = os.pread(files[-1], 256, 0).decode("utf-8", "replace").strip() if files else ""
-        free_locks(files)
-        if isinstance(error, BlockingIOError):
-            raise Blocked(f"the lock of {name} is held: {who or 'a run works inside it'}") from None
-        raise
-    return files
-
-
-def directory_locks(directory: str) -> dict[str, int]:
-    """Return the locks of a directory: itself, and shared ones of all above it."""
-    real = os.path.realpath(directory)
-    above = [real]
-    while above[-1] != "/":
-        above.append(os.path.dirname(above[-1]))
-    return {**{name: fcntl.LOCK_SH for name in above[:0:-1]}, real: fcntl.LOCK_EX}
+def discard(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 class Output:
     """Keep what a run prints, bounded: its beginning on disk as it comes, its end in memory."""
 
     def __init__(self, path: str) -> None:
-        self.file = private(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self.room = max(OUTPUT_HEAD - os.fstat(self.file).st_size, 0)
-        self.tail, self.unsaved = bytearray(), 0  # the last of it; how much is not in the file
+        self.file = io.FileIO(path, "ab", opener=private)
+        self.rest, self.dropped = bytearray(), 0  # the end of what the file has no room for
+        self.tail = bytearray()  # the last of all
 
     def write(self, data: bytes) -> None:
-        """Keep a piece of the output: in the file while that has room, else for its end."""
         self.tail += data
         del self.tail[:-OUTPUT_TAIL]
-        saved = self.put(data[: self.room])
-        self.room = self.room - saved if saved == len(data) else 0
-        self.unsaved += len(data) - saved
-
-    def put(self, data: Body) -> int:
+        room = 0 if self.rest else max(OUTPUT_HEAD - self.file.tell(), 0)
         with contextlib.suppress(OSError):  # the disk is full
-            return os.write(self.file, data)
-        return 0
+            data = data[self.file.write(data[:room]) :]
+        self.rest += data
+        self.dropped += max(len(self.rest) - OUTPUT_TAIL, 0)
+        del self.rest[:-OUTPUT_TAIL]
 
     def close(self) -> None:
-        kept = min(self.unsaved, len(self.tail))
-        if self.unsaved > kept:
-            self.put(b"\n[hookd: %d bytes of output were dropped here]\n" % (self.unsaved - kept))
-        self.put(self.tail[len(self.tail) - kept :])
-        with contextlib.suppress(OSError):
-            os.close(self.file)
+        with contextlib.suppress(OSError), self.file:
+            if self.dropped:
+                self.file.write(b"\n[hookd: %d bytes were dropped here]\n" % self.dropped)
+            self.file.write(self.rest)
 
 
 def variable(text: str) -> bytes:
@@ -1559,33 +1503,22 @@ def variable(text: str) -> bytes:
 
 def file_variables(hook: Hook) -> dict[str, str]:
     """Return the variables of a hook's environment_file; raise OSError."""
-    if not hook.environment_file:
-        return {}
+    path = hook.environment_file
     try:
-        if stat.S_ISFIFO(os.stat(hook.environment_file).st_mode):
-            raise ValueError("a pipe may have nobody at its other end; make it a file")
-        with open(hook.environment_file, encoding="utf-8") as file:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no plain file")  # a pipe may have nobody at its other end
+        with open(path or os.devnull, encoding="utf-8") as file:
             return read_variables(file.read())
-    except OSError as error:
-        raise OSError(f"cannot read {hook.environment_file}: {error.strerror}; make it, readable by "
-                      "hookd's user") from None
-    except ValueError as error:
-        raise OSError(f"cannot use {hook.environment_file}: {error}") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot read {path}: {why}; make it readable by hookd's user") from None
 
 
-def base_environment(hook: Hook) -> dict[bytes, bytes]:
+def base_environment(hook: Hook, more: Iterable[tuple[str, str]] = ()) -> dict[bytes, bytes]:
+    """Return hookd's own environment without private names, with what the hook sets and `more`."""
     own = {name: text for name, text in os.environb.items() if not PRIVATE.fullmatch(name)}
-    pairs = [*hook.environment, *file_variables(hook).items()]
-    given = {name.encode(): variable(text) for name, text in pairs}
+    given = {name.encode(): variable(text) for name, text in (*hook.environment, *more)}
     return {**own, **given, b"GIT_TERMINAL_PROMPT": b"0"}
-
-
-def processes(fact: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the processes that we may look at, each with one of its files in proc(5)."""
-    import glob
-    for path in glob.glob(f"/proc/[0-9]*/{fact}"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            yield int(path.split("/")[2]), file.read()
 
 
 def signal_group(group: int, number: int) -> bool:
@@ -1597,40 +1530,21 @@ def signal_group(group: int, number: int) -> bool:
     return True
 
 
-def lives(group: int) -> bool:
-    """Tell whether more than zombies is left of a group: a PID 1 may reap them late or never."""
-    if not signal_group(group, 0):
-        return False
-    facts = [text.rpartition(b")")[2].split() for _, text in processes("stat")]
-    return not facts or any(int(row[2]) == group and row[0] not in (b"Z", b"X") for row in facts)
-
-
-def end_group(group: int, patience: float = 0.0) -> bool:
-    """End what is left of a process group, by TERM, then KILL; False if it went by itself."""
-    signals, due = [signal.SIGTERM, signal.SIGKILL], time.monotonic() + patience
-    while signals and lives(group):
-        if time.monotonic() >= due:
-            signal_group(group, signals.pop(0))
-            due += GRACE_SECONDS
-        time.sleep(0.01)
-    return len(signals) < 2
-
-
 def kill_survivors(state: str, runs: Iterable[int]) -> list[int]:
-    """Kill whatever still carries a run's environment after a crash; return the runs that had any."""
+    """Kill what still carries a run's environment after a crash; return the runs that had any."""
     marks = {b"HOOKD_PAYLOAD=" + os.fsencode(run_file(state, run, "payload.json")): run
              for run in runs}
     found = set()
-    for pid, environ in processes("environ") if marks else ():
-        for mark in marks.keys() & set(environ.split(b"\0")):
-            with contextlib.suppress(ProcessLookupError):
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc") if marks else ())):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+            for mark in marks.keys() & set(file.read().split(b"\0")):
                 if os.getpgid(pid) != os.getpgrp():  # a run may have started this hookd
                     signal_group(os.getpgid(pid), signal.SIGKILL)
                     found.add(marks[mark])
     return sorted(found)
 
 
-def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
+def git_environment(hook: Hook, state: str, cwd: str = "/") -> dict[bytes, bytes]:
     """Return what lets git and ssh work without a person: no prompt, one key, known hosts."""
     ssh = ["ssh", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=accept-new",
            "-o", "ConnectTimeout=30", "-o", "ServerAliveInterval=15",
@@ -1638,25 +1552,28 @@ def git_environment(hook: Hook, state: str) -> dict[bytes, bytes]:
     ssh += ["-o", "IdentitiesOnly=yes", "-i", hook.deploy_key] if hook.deploy_key else []
     scheme = re.match(r"([a-z][a-z0-9+.-]*)(?:::|://)", hook.git)
     own = scheme[1] if scheme else "ssh" if re.match("[^/]+:", hook.git) else "file"
+    above = os.path.dirname(os.path.realpath(cwd))
     return {b"GIT_SSH_COMMAND": os.fsencode(shlex.join(ssh)), b"LC_ALL": b"C",
             b"GIT_HTTP_LOW_SPEED_LIMIT": b"1", b"GIT_HTTP_LOW_SPEED_TIME": b"60",
             # Who may push chooses a submodule's URL: none may lead to an internal http service.
-            b"GIT_ALLOW_PROTOCOL": f"https:ssh:{own}".encode()}
+            b"GIT_ALLOW_PROTOCOL": f"https:ssh:{own}".encode(),
+            # A repository that is no more must not have git find the one around it.
+            b"GIT_CEILING_DIRECTORIES": os.fsencode(above)}
 
 
-def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes],
-            cwd: str = "/") -> tuple[int, str, str]:
-    """Return exit status, output and errors of a git command that only asks."""
+def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str = "/",
+            words: str = "") -> tuple[int, str, str]:
+    """Give `words` to a quick git command; return its exit status, output and errors."""
     with subprocess.Popen(
-            ["git", *arguments], cwd=cwd, env=environ, stdin=subprocess.DEVNULL, encoding="utf-8",
-            errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            ["git", *arguments], cwd=cwd, env=environ, encoding="utf-8", errors="replace",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True) as child:
         try:
-            output, errors = child.communicate(timeout=GIT_SECONDS)
+            output, errors = child.communicate(words, GIT_SECONDS)
         except subprocess.TimeoutExpired:
             signal_group(child.pid, signal.SIGKILL)  # git alone would leave its ssh
             return 1, "", "no answer in time"
-    return child.returncode, output, errors
+    return child.returncode, output.strip(), errors
 
 
 def advice(words: str) -> str:
@@ -1665,16 +1582,16 @@ def advice(words: str) -> str:
 
 
 def remote_refs(hook: Hook, repo: str, state: str, *kinds: str) -> dict[str, str]:
-    """Ask a remote for its refs of kinds like --heads; return commit by ref; raise OSError with the cause."""
-    environ = {**base_environment(hook), **git_environment(hook, state)}
+    """Ask a remote for its refs of kinds like --heads; return commit by ref; raise OSError."""
+    environ = {**base_environment(hook, file_variables(hook).items()),
+               **git_environment(hook, state)}
     remote = fill(hook.git, repo, "")
     code, output, errors = ask_git(["ls-remote", *kinds, "--", remote], environ)
     if code:
         first = next((line for line in errors.splitlines() if line[:8] != "Warning:"), "")
         fault = advice(errors) or redact(first, ()) or f"git ended with {code}"
         raise OSError(f"{redact(remote, ())}: {fault}")
-    pairs = (line.partition("\t") for line in output.splitlines())
-    return {ref: commit for commit, _, ref in pairs}
+    return {line.partition("\t")[2]: line.partition("\t")[0] for line in output.splitlines()}
 
 
 def break_locks(dot_git: str) -> None:
@@ -1686,61 +1603,51 @@ def break_locks(dot_git: str) -> None:
                 os.unlink(os.path.join(folder, name))
 
 
-def sync_tree(path: str) -> None:
-    """Put all that was written in the file system of `path` on disk, by syncfs(2)."""
-    import ctypes
-    file = os.open(path, os.O_RDONLY)
-    try:
-        ctypes.CDLL(None).syncfs(file)
-    except (OSError, AttributeError):  # another libc than glibc or musl
-        os.sync()
-    finally:
-        os.close(file)
-
-
 def point(link: str, name: str) -> None:
-    """Make a symbolic link lead to `name`, by one rename(2) that outlives a power cut."""
-    folder = os.path.dirname(link)
-    fresh = os.path.join(folder, f".{os.path.basename(link)}.new")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(fresh)
-    os.symlink(name, fresh)
-    os.rename(fresh, link)
-    file = os.open(folder, os.O_RDONLY)
-    os.fsync(file)
-    os.close(file)
+    """Make a link lead to `name` by one rename(2), with all before it, and itself, on disk."""
+    import ctypes
+    folder = os.open(os.path.dirname(link), os.O_RDONLY)
+    try:
+        ctypes.CDLL(None).syncfs(folder)
+        discard(f"{link}.new")
+        os.symlink(name, f"{link}.new")
+        os.rename(f"{link}.new", link)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def remove_tree(path: str) -> None:
-    import shutil
     with contextlib.suppress(OSError):
         for folder, _, _ in os.walk(path):
             os.chmod(folder, 0o700)  # a build leaves some read-only, as Go's cache of modules
     shutil.rmtree(path, ignore_errors=True)
 
 
-def ask_health(address: str, patience: float) -> tuple[bool, str]:
-    """Ask a healthcheck's URL once, without following redirects; return good and its words."""
-    from http.client import HTTPConnection, HTTPException, HTTPSConnection
-    from urllib.parse import urlsplit
-    parts = urlsplit(address)
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    try:
-        if parts.scheme == "unix":
-            link, name = HTTPConnection("localhost", timeout=patience), address[5:].partition(":")[0]
-            path = address[5:].partition(":")[2]
+def ask_http(url: str, seconds: float, body: str = "", **headers: str) -> bytes:
+    """GET a URL, or POST `body`; return the head of the answer; raise OSError or ValueError.
+
+    `unix:/path:/url` asks a socket. The library's getresponse() would allow each byte `seconds`.
+    """
+    from http.client import HTTPConnection, HTTPSConnection
+    from urllib.parse import quote, urlsplit
+    unix, end, head = re.match("unix:([^:]+):", url), time.monotonic() + seconds, b""
+    parts = urlsplit(f"http://localhost{url[unix.end():]}" if unix else url)
+    connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    link = connect(parts.hostname or "", parts.port or connect.default_port,
+                   timeout=seconds / 2)  # for each address: a name mostly has two, v6 and v4
+    with contextlib.closing(link):
+        if unix:
             link.sock = socket.socket(socket.AF_UNIX)
-            link.sock.settimeout(patience)
-            link.sock.connect(name)
-        else:
-            link = kind(parts.hostname or "", parts.port, timeout=patience)
-        with contextlib.closing(link):
-            link.request("GET", path, headers={"User-Agent": f"hookd/{VERSION}"})
-            answer = link.getresponse()
-            return 200 <= answer.status < 300, f"{answer.status} {answer.reason}"
-    except (OSError, HTTPException, ValueError) as error:
-        return False, f"no answer: {error or type(error).__name__}"
+            link.sock.settimeout(seconds)
+            link.sock.connect(unix[1])
+        path = parts._replace(scheme="", netloc="", path=parts.path or "/", fragment="").geturl()
+        link.request("POST" if body else "GET", quote(path, safe="/?%:@!$&'()*+,;=~"), body or None,
+                     {"User-Agent": f"hookd/{VERSION}", **headers})
+        while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_MAX:
+            link.sock.settimeout(max(end - time.monotonic(), 0.001))
+            head += link.sock.recv(4096) or b"\r\n\r\n"  # at its end
+    return re.split(rb"\n\r?\n", head)[0]
 
 
 class Named(NamedTuple):
@@ -1763,28 +1670,29 @@ class Job:
     """Carry out one run under its locks: `work` is a thread's root, `end` is for other threads.
 
     It hands Named and Ended to `tell`. With `settles` it does only what a crash left to do.
-    `releases` are the names of the target's releases and the states of their runs, newest first.
+    Subclasses override `prepare` and `finish`.
     """
 
     def __init__(self, run: Run, hook: Hook, state: str, tell: Callable[[Any], None]) -> None:
         self.run, self.hook, self.state, self.tell = run, hook, state, tell
         self.payload: bytes = b""
         self.settles = False
-        self.releases: Sequence[tuple[str, str]] = ()
+        self.releases: Sequence[tuple[str, str]] = ()  # and the states of their runs, newest first
         self.held: set[int] = set()  # runs whose commits are held
         self.hidden: Sequence[str] = ()  # what the log shows as ***
         self.output: Any = None
         self.began = self.complaint = ""  # lines of the log: that it began, what held it up
         self.through = False  # it has ended, though the history may not know yet
         self.commit, self.subject = run.push.commit, run.push.subject
-        self.directory, self.cwd = run.target.directory, run.target.directory
+        self.directory = self.clone = self.cwd = run.target.directory
         self.folder = run_file(state, run.id)  # with a slash at its end
-        self.doing = ""  # what it does that a dead disk could hold up
+        self.doing = f"its directory {self.directory}"  # what a dead disk could hold up
         self.since = time.monotonic()
         self.release = ""  # the one that it builds, or goes back to
         self.dropped: list[str] = []  # releases that it removed
-        self.switched = self.changed = self.begun = self.ran = self.shielded = False
-        self.variables: dict[bytes, bytes] = {}
+        self.begun = self.changed = False  # a script has begun; what is deployed has changed
+        self.shielded = False  # from `end`
+        self.variables = base_environment(hook)
         self.deadline = NEVER
         self.verdict: Optional[tuple[str, str]] = None  # state and why, unless it ends by itself
         self.locks: list[int] = []
@@ -1822,38 +1730,55 @@ class Job:
         except Exception:
             log.exception("a bug in hookd, in run %d; please report this", self.run.id)
             outcome = Outcome("failed", 1, "a bug in hookd; its log has it")
+        for file in self.locks:
+            fcntl.flock(file, fcntl.LOCK_UN)  # for the children that hold it, too
+            os.close(file)
         self.through = True
         self.tell(Ended(self, outcome, time.monotonic() - self.since))
 
     def perform(self) -> Outcome:
-        """Take the locks, do all that the hook says, free them."""
-        lock = fill(self.hook.lock, self.run.push.repo, self.run.push.ref)
-        self.doing = f"its directory {self.directory}"
+        """Take the locks, then do all that the hook says."""
         try:
-            names = {**directory_locks(self.directory), **({f"lock {lock}": fcntl.LOCK_EX} if lock
-                                                           else {})}
-            holder = f"hookd {os.getpid()} run {self.run.id}"
-            self.locks = take_locks(self.state, names, holder)
-        except (Blocked, OSError) as error:
+            self.take_locks()
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            self.output = Output(f"{self.folder}output.log")
+        except OSError as error:
             return Outcome("queued", 0, str(error), LOCK_SECONDS)
         log.info(self.began)
-        try:
-            with contextlib.closing(self.open_output()) as self.output:
-                return self.settle() if self.settles else self.carry_out()
-        except OSError as error:
-            return Outcome("failed", 1, advice(str(error)) or str(error))
-        finally:
-            free_locks(self.locks)
+        with contextlib.closing(self.output):
+            return self.settle() if self.settles else self.carry_out()
 
-    def open_output(self) -> Output:
-        os.makedirs(self.folder, 0o700, exist_ok=True)
-        if not self.settles:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{self.folder}begun")  # of an attempt that was cut off
-            with open(f"{self.folder}payload.json", "wb", opener=private) as file:
-                file.write(self.payload)
-        self.payload = b""  # up to 25 MB, for as long as the run may take
-        return Output(f"{self.folder}output.log")
+    def take_locks(self) -> None:
+        """Take the run's locks; raise OSError, at once where one is held elsewhere."""
+        real, lock = os.path.realpath(self.directory), self.hook.lock
+        above = [real[: slash.start()] or "/" for slash in re.finditer("/", real)]
+        names = {**dict.fromkeys(above, fcntl.LOCK_SH), real: fcntl.LOCK_EX}
+        if lock:
+            names["lock " + fill(lock, self.run.push.repo, self.run.push.ref)] = fcntl.LOCK_EX
+        os.makedirs(f"{self.state}/locks", 0o700, exist_ok=True)
+        for name, kind in names.items():
+            digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+            file = private(f"{self.state}/locks/{digest}.lock", os.O_RDWR | os.O_CREAT)
+            self.locks.append(file)
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(file, 256, 0).decode("utf-8", "replace").strip()
+                raise BlockingIOError(f"the lock of {name} is held: {holder}") from None
+            with contextlib.suppress(OSError):  # for people, who do without on a full disk
+                text = os.fsencode(f"hookd {os.getpid()} run {self.run.id} {name}\n")
+                os.ftruncate(file, os.pwrite(file, text, 0))
+
+    def mark(self, name: str, text: str = "") -> None:
+        """Leave a mark in the run's folder, for the start after a crash."""
+        with open(f"{self.folder}{name}", "a", opener=private) as file:
+            file.write(f"{text}\n")
+
+    def marked(self, name: str) -> list[str]:
+        """Return the texts of a mark."""
+        with contextlib.suppress(OSError), open(f"{self.folder}{name}") as file:
+            return file.read().splitlines()
+        return []
 
     def carry_out(self) -> Outcome:
         """Deploy, go back where that failed behind the switch, run what follows."""
@@ -1862,13 +1787,12 @@ class Job:
             outcome = self.deploy()
         except OSError as error:
             outcome = Outcome("failed", 1, advice(str(error)) or str(error))
-            if isinstance(error, BlockingIOError) and not self.ran:
+            if isinstance(error, BlockingIOError) and not self.begun:
                 outcome = Outcome("queued", 0, "no room for one more process", 1.0)
         self.doing = ""
         if outcome.state == "queued":
             return outcome
-        if self.hook.releases and not self.run.push.deleted:
-            outcome = self.finish_release(outcome)
+        outcome = self.finish(outcome)
         if outcome.state == "ok" and self.hook.git and self.commit:
             self.hold_commit()
         if outcome.note:
@@ -1879,47 +1803,28 @@ class Job:
 
     def deploy(self) -> Outcome:
         """Return how the deploy itself ended."""
-        self.make_directory(self.directory)
-        self.doing = f"environment_file {self.hook.environment_file}"
+        discard(f"{self.folder}begun")  # of an attempt that was cut off
+        with open(f"{self.folder}payload.json", "wb", opener=private) as file:
+            file.write(self.payload)
+        self.payload = b""  # up to 25 MB, for as long as the run may take
+        os.makedirs(self.directory, exist_ok=True)
+        os.listdir(self.directory)
         self.read_environment()
-        self.doing = ""
         if self.run.push.deleted:
-            failure = self.step("on_delete")
-        elif self.hook.releases:
-            failure = self.make_release() or self.go_live()
-        elif self.hook.git:
-            failure = (self.fetch(self.directory) or self.check_out(self.directory)
-                       or self.step("command") or self.go_live())
-        else:
-            failure = self.step("command") or self.go_live()
-        return failure or Outcome("ok")
+            return self.step("on_delete") or Outcome("ok")
+        return self.prepare() or self.go_live() or Outcome("ok")
 
     def read_environment(self) -> None:
-        self.variables = base_environment(self.hook)
-        if self.hook.environment_file:
-            values = file_variables(self.hook).values()
-            self.hidden = [*self.hidden, *lines("\n".join(values))]
-
-    def make_directory(self, path: str) -> None:
-        self.doing = f"its directory {path}"
-        os.makedirs(path, exist_ok=True)
-        os.listdir(path)
+        self.doing = f"environment_file {self.hook.environment_file}"
+        found = file_variables(self.hook)
+        self.hidden = [*self.hidden, *lines("\n".join(found.values()))]
+        self.variables = base_environment(self.hook, found.items())
         self.doing = ""
 
-    def say(self, text: str) -> None:
-        self.output.write(f"hookd: {text}\n".encode("utf-8", "replace"))
-
-    def ending(self, code: int, note: str = "") -> Optional[Outcome]:
-        """Return how the run ends after a step that exited with `code`; None if it goes on."""
-        if self.verdict:
-            state, why = self.verdict
-            return Outcome(state, 124 if state == "timeout" else code, why)
-        return Outcome("failed", code, note) if code else None
-
-    def step(self, name: str) -> Optional[Outcome]:
-        """Run a script of the hook."""
-        code = self.script(getattr(self.hook, name))
-        return self.ending(code, "" if name == "command" else f"{name} exited with {code}")
+    def prepare(self) -> Optional[Outcome]:
+        """Make the directory what is to be deployed, and run `command` in it."""
+        failure = self.fetch() or self.check_out() if self.hook.git else None
+        return failure or self.step("command")
 
     def go_live(self) -> Optional[Outcome]:
         """Activate what was deployed, and ask for its health."""
@@ -1928,351 +1833,40 @@ class Job:
 
     def check_health(self) -> Optional[Outcome]:
         """Ask the healthcheck once a second until it agrees or its time is over."""
-        if not self.hook.healthcheck:
-            return None
-        good, answer, until = False, "", time.monotonic() + self.hook.healthcheck_timeout
-        while not good and not self.verdict and time.monotonic() < until:
-            asked = time.monotonic()
-            good, answer = ask_health(self.hook.healthcheck, min(5.0, until - asked))
-            while not good and not self.verdict and time.monotonic() < min(asked + 1, until):
-                time.sleep(0.05)
-        if good or self.verdict:
+        url, answer, now = self.hook.healthcheck, "", time.monotonic()
+        until = now + self.hook.healthcheck_timeout
+        while url and now < until and not self.verdict:
+            try:
+                head = ask_http(url, min(5.0, until - now))
+                answer = head.partition(b"\r\n")[0].decode("latin-1")
+            except (OSError, ValueError) as error:
+                answer = f"no answer: {error}"
+            if re.match(r"HTTP/1\.[01] 2[0-9][0-9]\b", answer):
+                return self.ending(0)
+            time.sleep(max(min(now + 1, until) - time.monotonic(), 0))
+            now = time.monotonic()
+        if not url or self.verdict:
             return self.ending(0)
-        address = redact(self.hook.healthcheck, ())
-        self.say(f"healthcheck {address} answered last: {answer}")
+        self.say(f"healthcheck {redact(url, ())} answered last: {answer}")
         return self.ending(1, f"healthcheck: {answer} after {self.hook.healthcheck_timeout} s")
 
-    # ---- git
-
-    def git(self, cwd: str, *arguments: str) -> int:
-        """Run a git command that works; return its exit status."""
-        return self.child([*GIT, *arguments], self.git_environment(cwd), cwd)
-
-    def ask(self, cwd: str, *arguments: str) -> tuple[int, str]:
-        """Return exit status and output of a git command that only asks."""
-        code, output, _ = ask_git(arguments, self.git_environment(cwd), cwd)
-        return code, output.strip()
-
-    def git_environment(self, cwd: str) -> dict[bytes, bytes]:
-        # A repository that is no more must not have git find the one around it.
-        above = os.path.dirname(os.path.realpath(cwd))
-        return {**self.environment(), **git_environment(self.hook, self.state),
-                b"GIT_CEILING_DIRECTORIES": os.fsencode(above)}
-
-    def git_failure(self, name: str, code: int) -> Outcome:
-        """Return how a run ends whose git failed: to be tried again where git got no answer."""
-        words = bytes(self.output.tail[-4096:]).decode("utf-8", "replace")
-        silent = self.verdict is not None and self.verdict[0] == "timeout"
-        if self.verdict and not silent:
-            return self.ending(code) or Outcome("ok")
-        found = UNREACHABLE.findall(words) + ["no answer in time"] * silent
-        note = f"git {name}: {next(filter(None, [advice(words), *found]), 'failed')}"
-        if name not in ("fetch", "submodule") or not found:
-            return Outcome("failed", code or 1, note)
-        self.verdict, tries = None, self.run.tries
-        if tries < len(RETRY_SECONDS):
-            return Outcome("queued", code, note, RETRY_SECONDS[tries], True)
-        return Outcome("failed", code or 1, f"{note}; gave up", 0.0, True)
-
-    def open_clone(self, clone: str) -> Optional[Outcome]:
-        """See to it that a folder is a clone of the hook's repository, and usable."""
-        remote, inside = fill(self.hook.git, self.run.push.repo, ""), os.listdir(clone)
-        dot_git = os.path.join(clone, ".git")
-        if inside and ".git" not in inside:
-            moved = self.hook.releases == 0 and {"repo", "releases"} <= set(inside)
-            remedy = ("it holds releases: set releases, or another directory" if moved else
-                      "empty it, or set another directory")
-            return Outcome("failed", 1, f"{clone} is not empty and no git repository; {remedy}")
-        have = self.ask(clone, "config", "--file", f"{dot_git}/config", "remote.origin.url")[1]
-        if have != remote and (have or inside not in ([], [".git"])):
-            remedy = shlex.join(["git", "-C", clone, "config", "remote.origin.url", remote])
-            fault = f"{clone} is a clone of {have or 'nothing'}, not of {remote}"
-            return Outcome("failed", 1, redact(f"{fault}; if it may become one: {remedy}", ()))
-        break_locks(dot_git)
-        if not have:  # init makes what is missing, and nothing else
-            code = (self.git(clone, "init", "-q")
-                    or self.git(clone, "config", "remote.origin.url", remote))
-            return self.ending(code, "git init: failed")
-        return None
-
-    def fetch(self, clone: str) -> Optional[Outcome]:
-        """Bring the commit to be deployed into a clone, and name it.
-
-        The fetch writes a ref of our own, so that git can tell the remote what it has, and the
-        next fetch is small.
-        """
-        failure = self.open_clone(clone)
-        if failure:
-            return failure
-        if self.run.goal:
-            return self.fetch_goal(clone)
-        ref, tip = self.run.push.ref, f"refs/hookd/tip/{slug(self.run.push.ref)}"
-        code = self.git(clone, "fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no",
-                        "origin", f"+{ref}:{tip}")
-        if code or self.verdict:
-            return self.git_failure("fetch", code)
-        if self.run.push.event == "workflow_run":
-            return self.needless(clone, tip) or self.name_commit(clone, self.run.push.commit)
-        return self.name_commit(clone, tip)
-
-    def fetch_goal(self, clone: str) -> Optional[Outcome]:
-        """Bring the very commit that was asked for, wherever in the repository it is."""
-        goal = self.run.goal
-        have = not self.ask(clone, "cat-file", "-e", f"{goal}^{{commit}}")[0]
-        if have and self.run.cause == "rollback":
-            return self.name_commit(clone, goal)
-        code = self.git(clone, "fetch", "-q", "--force", "--no-tags", "--prune",
-                        "--recurse-submodules=no", "origin", "+refs/heads/*:refs/hookd/heads/*",
-                        "+refs/tags/*:refs/hookd/tags/*")
-        if (code or self.verdict) and not have:
-            return self.git_failure("fetch", code)
-        if self.ask(clone, "cat-file", "-e", f"{goal}^{{commit}}")[0]:
-            code = self.git(clone, "fetch", "-q", "--no-tags", "--recurse-submodules=no", "origin",
-                            f"+{goal}:refs/hookd/asked")
-            if code or self.verdict:
-                failure = self.git_failure("fetch", code)
-                fault = f"the remote has no commit {goal}, or does not give it"
-                return failure._replace(note=fault, exit=1) if failure.state == "failed" else failure
-        known = self.ask(clone, "for-each-ref", "--count=1", "--contains", goal,
-                         "refs/hookd/heads", "refs/hookd/tags")[1]
-        if not known:
-            self.say(f"warning: commit {goal} is on no branch or tag of the remote")
-        return self.name_commit(clone, goal)
-
-    def needless(self, clone: str, tip: str) -> Optional[Outcome]:
-        """End a run whose commit passed its checks too late to be deployed."""
-        commit, stands = self.run.push.commit, self.run.last_good
-        if self.ask(clone, "merge-base", "--is-ancestor", commit, tip)[0]:
-            return Outcome("superseded", 0, f"the branch does not contain {commit[:7]} any more")
-        behind = stands not in ("", commit) and not self.ask(
-            clone, "merge-base", "--is-ancestor", commit, stands)[0]
-        return Outcome("superseded", 0, f"what stands is newer: {stands[:7]}") if behind else None
-
-    def name_commit(self, clone: str, name: str) -> Optional[Outcome]:
-        """Learn and tell which commit is deployed; a missed push may ask to be skipped."""
-        code, text = self.ask(clone, "log", "-1", "--format=%H%n%B", name, "--")
-        if code:
-            return Outcome("failed", code, f"git log: there is no commit {name}")
-        self.commit, _, message = text.partition("\n")
-        self.subject = first_line(message)
-        self.tell(Named(self, self.commit, self.subject))
-        words = [word for word in self.hook.skip if word in message]
-        if words and self.run.cause == "catch-up":
-            return Outcome("superseded", 0, f"passed over: its message has {words[0]}")
-        return None
-
-    def check_out(self, tree: str) -> Optional[Outcome]:
-        """Make a working tree the named commit, with its submodules.
-
-        Tracked files become the commit's; untracked and ignored ones stay. HEAD is detached, so
-        that branches like `a` and `a/b` can share a working copy.
-        """
-        self.changed, steps = True, [["checkout", "-q", "--force", "--detach", self.commit, "--"]]
-        while steps:
-            step = steps.pop(0)
-            code = self.git(tree, *step)
-            if code and step[0] == "checkout" and b"index file" in self.output.tail:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(f"{tree}/.git/index")  # cut short by a crash: git makes it anew
-                code = self.git(tree, *step)
-            if code or self.verdict:
-                return self.git_failure(step[0], code)
-            if step[0] == "checkout" and os.path.exists(os.path.join(tree, ".gitmodules")):
-                steps = [["submodule", "-q", "sync", "--recursive"],
-                         ["submodule", "-q", "update", "--init", "--recursive", "--force"]]
-        return None
-
-    def hold_commit(self) -> None:
-        """Keep git from losing the commit: no forced push or clean-up takes the way back."""
-        clone = os.path.join(self.directory, "repo") if self.hook.releases else self.directory
-        name, found = f"refs/hookd/{self.run.id}", set(os.listdir(f"{clone}/.git/refs/hookd"))
-        with contextlib.suppress(OSError), open(f"{clone}/.git/packed-refs") as file:
-            found |= set(re.findall(r"(?m) refs/hookd/([0-9]+)$", file.read()))
-        if self.ask(clone, "update-ref", name, self.commit)[0]:
-            self.say(f"warning: {name} could not be written, so git may lose {self.commit}")
-        for old in found:
-            if old.isdigit() and int(old) not in self.held:
-                self.ask(clone, "update-ref", "-d", f"refs/hookd/{old}")
-
-    # ---- releases
-
-    def make_release(self) -> Optional[Outcome]:
-        """Build a release beside the live one and switch to it; or switch to one that is kept."""
-        releases, current = f"{self.directory}/releases", f"{self.directory}/current"
-        if os.path.lexists(current) and not os.path.islink(current):
-            return Outcome("failed", 1, f"{current} is no link; move it away")
-        if not self.run.live and os.path.islink(current):  # its history is lost, or another hook's
-            self.run = self.run._replace(live=os.path.basename(os.readlink(current)))
-        if os.path.isdir(f"{self.directory}/.git"):
-            away = shlex.join(["mv", self.directory, f"{self.directory}.plain"])
-            return Outcome("failed", 1, f"{self.directory} is a plain checkout; set another "
-                           f"directory, or move it away ({away})")
-        for folder in ("repo", "releases", "shared"):
-            self.make_directory(f"{self.directory}/{folder}")
-        if self.run.release and os.path.isdir(f"{releases}/{self.run.release}"):
-            self.release = self.run.release
-            return self.switch()
-        self.sweep()
-        attempt = self.run.attempts + 1
-        self.release = f"{self.run.id}-{attempt}" if attempt > 1 else str(self.run.id)
-        while os.path.lexists(f"{releases}/{self.release}"):  # not ours: a lost history's
-            attempt += 1
-            self.release = f"{self.run.id}-{attempt}"
-        self.cwd = f"{releases}/{self.release}"
-        return (self.fetch(f"{self.directory}/repo") or self.build() or self.share()
-                or self.step("command") or self.switch())
-
-    def build(self) -> Optional[Outcome]:
-        """Check the commit out as a new release, whose objects are those of the clone."""
-        clone, remote = f"{self.directory}/repo", fill(self.hook.git, self.run.push.repo, "")
-        nested = not self.ask(clone, "cat-file", "-e", f"{self.commit}:.gitmodules")[0]
-        failure = self.check_out(clone) if nested else None
-        if failure:
-            return failure
-        with open(f"{self.folder}made.{self.release}", "wb", opener=private):
-            os.mkdir(self.cwd)
-        self.changed = False  # nothing that anybody sees
-        # git warns in every run's output of an "empty repository" whose HEAD names no commit.
-        self.ask(clone, "update-ref", "--no-deref", "HEAD", self.commit)
-        places = [(self.commit, "", clone, remote)]
-        if nested:
-            # A path is a pusher's text: a newline in it may not look like another's absolute path.
-            told = self.ask(clone, "submodule", "--quiet", "foreach", "--recursive",
-                            r'printf "%s %s\0" "$sha1" "$displaypath"')[1]
-            for line in told.split("\0")[:-1]:
-                commit, _, path = line.partition(" ")
-                places.append((commit, path, f"{clone}/{path}", ""))
-        for commit, path, source, origin in places:
-            tree = os.path.join(self.cwd, path)
-            ours = {**self.git_environment(self.cwd), b"GIT_ALLOW_PROTOCOL": b"file"}
-            clone_it = [*GIT, "clone", "-q", "--shared", "--no-checkout", "--", source, tree]
-            code = (self.child(clone_it, ours, self.cwd)
-                    or (origin and self.git(tree, "config", "remote.origin.url", origin))
-                    or self.git(tree, "checkout", "-q", "--force", "--detach", commit, "--"))
-            if code or self.verdict:
-                return self.git_failure("checkout", int(code))
-        return None
-
-    def share(self) -> Optional[Outcome]:
-        """Link what all releases share into the new one; what is shared wins over the commit's."""
-        for path in self.hook.shared:
-            source, link = f"{self.directory}/shared/{path}".rstrip("/"), f"{self.cwd}/{path}".rstrip("/")
-            if path.endswith("/"):
-                os.makedirs(source, exist_ok=True)
-            elif not os.path.exists(source):
-                return Outcome("failed", 1, f"shared file {source} is missing; put it there")
-            folder = os.path.realpath(os.path.dirname(link))  # who may push may have put a link there
-            if not f"{folder}/".startswith(f"{os.path.realpath(self.cwd)}/"):
-                return Outcome("failed", 1, f"shared path {path} leads out of the release by a link")
-            if os.path.lexists(link):
-                self.say(f"{path} is in the repository too; the shared one is used")
-                (remove_tree if os.path.isdir(link) and not os.path.islink(link) else os.unlink)(link)
-            os.makedirs(folder, exist_ok=True)
-            os.symlink(os.path.relpath(source, folder), link)
-        return None
-
-    def switch(self) -> Optional[Outcome]:
-        """Make the release the live one: readers find the old one or the new one, nothing between."""
-        self.doing = f"its directory {self.directory}"
-        sync_tree(f"{self.directory}/releases/{self.release}")
-        self.doing = ""
-        failure = self.ending(0)
-        if failure is None:
-            self.cwd, self.switched, self.changed = f"{self.directory}/current", True, True
-            with open(f"{self.folder}switched", "w", opener=private) as file:
-                file.write(self.run.live)  # after a crash from here on, the way back is due
-            point(f"{self.directory}/current", f"releases/{self.release}")
-        return failure
-
-    def finish_release(self, outcome: Outcome) -> Outcome:
-        """Go back where a switch was not confirmed, remove what is too old, say what stands."""
-        if self.switched and outcome.state != "ok":
-            note = f"{outcome.note}; {self.go_back()}".lstrip("; ")
-            outcome = outcome._replace(note=note)
-        elif outcome.state not in ("ok", "superseded"):
-            note = f"{outcome.note}; {self.standing()}".lstrip("; ")
-            outcome = outcome._replace(note=note)
-        if outcome.state not in ("ok", "failed", "timeout") and self.release != self.run.release:
-            self.sweep()
-            self.release = "" if not self.is_live(self.release) else self.release
-        self.clean(outcome)
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Clean up behind a deploy; return its outcome with what stands."""
         return outcome
-
-    def is_live(self, release: str) -> bool:
-        with contextlib.suppress(OSError):
-            return os.readlink(f"{self.directory}/current") == f"releases/{release}"
-        return False
-
-    def standing(self) -> str:
-        return f"release {self.run.live} stands" if self.run.live else "no release stands"
-
-    def go_back(self) -> str:
-        """Make the release that stands the live one again; return a sentence about it."""
-        self.shielded, self.verdict, live = True, None, self.run.live
-        if not live or not os.path.isdir(f"{self.directory}/releases/{live}"):
-            return f"nothing to go back to, release {self.release} stays"
-        self.say(f"going back to release {live}")
-        self.cwd, tried = f"{self.directory}/current", (self.release, self.commit)
-        try:
-            point(self.cwd, f"releases/{live}")
-        except OSError as error:
-            return f"could not go back to release {live} ({error}), release {self.release} stays"
-        self.release, self.commit = live, self.run.last_good
-        failure = self.go_live()
-        self.release, self.commit = tried
-        self.changed, self.verdict = False, None
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.folder}switched")
-        if failure:
-            return f"went back to release {live}, but {failure.note or failure.state}; it stays"
-        return f"went back to release {live}, which stands"
-
-    def sweep(self) -> None:
-        """Remove what cut-off attempts of this run left behind."""
-        with contextlib.suppress(OSError):
-            for mark in os.listdir(self.folder):
-                kind, _, name = mark.partition(".")
-                if kind == "made" and name != self.run.live and not self.is_live(name):
-                    remove_tree(f"{self.directory}/releases/{name}")
-
-    def clean(self, outcome: Outcome) -> None:
-        """Remove releases: kept are the newest good ones, the live one and the newest failed one."""
-        if not os.path.isdir(f"{self.directory}/releases/{self.release}"):
-            self.release = ""
-        known = [(self.release, outcome.state), *self.releases]
-        good = list(dict.fromkeys(name for name, state in known if state == "ok" and name))
-        bad = [name for name, state in known if state in ("failed", "timeout") and name]
-        keep = {*good[: self.hook.releases], *bad[:1], self.run.live, self.release}
-        for name in {name for name, _ in self.releases} - keep:
-            if not self.is_live(name):
-                remove_tree(f"{self.directory}/releases/{name}")
-                self.dropped.append(name)
 
     def settle(self) -> Outcome:
         """Do what a crash left to do: go back from a switch that was not confirmed, on_failure."""
-        run, note, due = self.run, self.run.note, False
-        self.read_environment()
-        if self.hook.releases and os.path.isdir(f"{self.directory}/releases"):
-            with contextlib.suppress(OSError), open(f"{self.folder}switched") as file:
-                due, run = True, run._replace(live=run.live or file.read())
-            if run.live and (due or not self.is_live(run.live)):
-                self.run = run
-                note = f"{note}; {self.go_back()}"
-                self.say(note)
-                log.warning("run %d: %s: %s", run.id, note, run.push)
-            self.sweep()
-        if run.state == "interrupted" and run.owed == 1:
-            self.afterwards(Outcome("interrupted", 1, note), 0.0)
-        return Outcome(run.state, 1, note)
-
-    # ---- children
+        with contextlib.suppress(OSError):  # the scripts do what they can without it
+            self.read_environment()
+        outcome = self.finish(Outcome(self.run.state, 1, self.run.note))
+        if self.run.state == "interrupted" and self.run.owed == 1:
+            self.afterwards(outcome, 0.0)
+        return outcome
 
     def afterwards(self, outcome: Outcome, duration: float) -> None:
         """Run on_success or on_failure; its own failure is reported and changes nothing."""
         name, self.shielded = "on_success" if outcome.state == "ok" else "on_failure", False
         self.verdict, self.deadline = None, time.monotonic() + self.hook.timeout
-        if self.hook.releases and not os.path.isdir(self.cwd):
-            self.cwd = self.directory
         try:
             code = self.script(
                 getattr(self.hook, name), STATE=outcome.state, EXIT=outcome.exit,
@@ -2286,18 +1880,163 @@ class Job:
             self.say(f"{name} failed: {failure}")
             log.warning("%s of run %d failed: %s: %s", name, self.run.id, failure, self.run.push)
 
+    def say(self, text: str) -> None:
+        self.output.write(f"hookd: {text}\n".encode("utf-8", "replace"))
+
+    def ending(self, code: int, note: str = "") -> Optional[Outcome]:
+        """Return how the run ends after a step that exited with `code`; None if it goes on."""
+        if self.verdict:
+            state, why = self.verdict
+            return Outcome(state, 124 if state == "timeout" else code, why)
+        return Outcome("failed", code, note) if code else None
+
+    # ---- git
+
+    def git(self, *arguments: str, cwd: str = "") -> Optional[Outcome]:
+        """Run a git command that works, in the clone unless `cwd` says otherwise.
+
+        What could not reach the remote is to be tried again.
+        """
+        cwd, name = cwd or self.clone, arguments[0]
+        environ = {**self.environment(), **git_environment(self.hook, self.state, cwd)}
+        code = self.child([*GIT, *arguments], environ, cwd)
+        remote = name in ("fetch", "submodule")
+        silent = remote and self.verdict is not None and self.verdict[0] == "timeout"
+        if not code or (self.verdict and not silent):
+            return self.ending(code)
+        words = self.output.tail[-4096:].decode("utf-8", "replace")
+        causes = UNREACHABLE.findall(words) if remote else []
+        causes += ["no answer in time"] if silent else []
+        note = f"git {name}: {next(filter(None, [advice(words), *causes]), 'failed')}"
+        if causes and self.run.tries < len(RETRY_SECONDS):
+            return Outcome("queued", code, note, RETRY_SECONDS[self.run.tries], True)
+        gave_up = "; gave up" if causes else ""
+        return Outcome("failed", code, note + gave_up, 0.0, bool(causes))
+
+    def ask(self, *arguments: str, words: str = "") -> Optional[str]:
+        """Return the output of a quick git command in the clone; None where it fails."""
+        environ = {**self.environment(), **git_environment(self.hook, self.state, self.clone)}
+        code, output, _ = ask_git(arguments, environ, self.clone, words)
+        return None if code else output
+
+    def open_clone(self) -> Optional[Outcome]:
+        """See to it that there is a clone of the hook's repository, and that it is usable."""
+        remote, dot_git = fill(self.hook.git, self.run.push.repo, ""), f"{self.clone}/.git"
+        have = self.ask("config", "--file", f"{dot_git}/config", "remote.origin.url")
+        if have != remote and (have or os.listdir(self.clone) not in ([], [".git"])):
+            become = shlex.join(["git", "-C", self.clone, "config", "remote.origin.url", remote])
+            fault = (f"{self.clone} is no clone of {remote}, but has {have or 'other files'}; set "
+                     "releases if it has some, set another directory, empty this one, or if it "
+                     f"may become one: {become}")
+            return Outcome("failed", 1, redact(fault, ()))
+        break_locks(dot_git)
+        if have:
+            return None
+        return self.git("init", "-q") or self.git("config", "remote.origin.url", remote)
+
+    def fetch(self) -> Optional[Outcome]:
+        """Bring the commit to be deployed into the clone, and name it.
+
+        The fetch writes a ref of our own, so that git can tell the remote what it has, and the
+        next fetch is small.
+        """
+        push, goal, tip = self.run.push, self.run.goal, f"refs/hookd/tip/{slug(self.run.push.ref)}"
+        failure = self.open_clone()
+        if goal:
+            return failure or self.fetch_goal(goal) or self.name_commit(goal)
+        failure = failure or self.bring(f"+{push.ref}:{tip}")
+        if push.event == "workflow_run":
+            return failure or self.needless(push.commit, tip) or self.name_commit(push.commit)
+        return failure or self.name_commit(tip)
+
+    def bring(self, *refs: str) -> Optional[Outcome]:
+        return self.git("fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no", "origin",
+                        *refs)
+
+    def fetch_goal(self, goal: str) -> Optional[Outcome]:
+        """Bring the very commit that was asked for, wherever in the repository it is."""
+        have = partial(self.ask, "cat-file", "-e", f"{goal}^{{commit}}")
+        had = have() is not None
+        if had and self.run.cause == "rollback":
+            return None
+        failure = self.bring("--prune", "+refs/heads/*:refs/hookd/heads/*",
+                             "+refs/tags/*:refs/hookd/tags/*")
+        if not failure and have() is None:
+            failure = self.bring(f"+{goal}:refs/hookd/asked")
+            if failure and failure.state == "failed":
+                fault = f"the remote has no commit {goal}, or does not give it"
+                failure = failure._replace(note=fault, exit=1)
+        if failure and not had:
+            return failure
+        if not self.ask("for-each-ref", "--count=1", "--contains", goal, "refs/hookd/heads",
+                        "refs/hookd/tags"):
+            self.say(f"warning: commit {goal} is on no branch or tag of the remote")
+        return None
+
+    def needless(self, commit: str, tip: str) -> Optional[Outcome]:
+        """End a run whose commit passed its checks too late to be deployed."""
+        within, stands = partial(self.ask, "merge-base", "--is-ancestor"), self.run.last_good
+        if within(commit, tip) is None:
+            return Outcome("superseded", 0, f"the branch does not contain {commit[:7]} any more")
+        behind = stands not in ("", commit) and within(commit, stands) is not None
+        return Outcome("superseded", 0, f"what stands is newer: {stands[:7]}") if behind else None
+
+    def name_commit(self, name: str) -> Optional[Outcome]:
+        """Learn and tell which commit is deployed; a missed push may ask to be skipped."""
+        text = self.ask("log", "-1", "--format=%H%n%B", name, "--")
+        if not text:
+            return Outcome("failed", 1, f"git log: there is no commit {name}")
+        self.commit, _, message = text.partition("\n")
+        self.subject = first_line(message)
+        self.tell(Named(self, self.commit, self.subject))
+        words = [word for word in self.hook.skip if word in message]
+        if words and self.run.cause == "catch-up":
+            return Outcome("superseded", 0, f"passed over: its message has {words[0]}")
+        return None
+
+    def check_out(self) -> Optional[Outcome]:
+        """Make the clone's working tree the named commit, with its submodules.
+
+        Tracked files become the commit's; untracked and ignored ones stay. HEAD is detached, so
+        that branches like `a` and `a/b` can share a working copy.
+        """
+        self.changed, checkout = True, ("checkout", "-q", "--force", "--detach", self.commit, "--")
+        failure = self.git(*checkout)
+        if failure and b"index file" in self.output.tail:
+            discard(f"{self.clone}/.git/index")  # cut short by a crash: git makes it anew
+            failure = self.git(*checkout)
+        if failure or not os.path.exists(f"{self.clone}/.gitmodules"):
+            return failure
+        return (self.git("submodule", "-q", "sync", "--recursive")
+                or self.git("submodule", "-q", "update", "--init", "--recursive", "--force"))
+
+    def hold_commit(self) -> None:
+        """Keep git from losing the commit: no forced push or clean-up takes the way back."""
+        runs = self.ask("for-each-ref", "--format=%(refname:lstrip=2)", "refs/hookd/[0-9]*") or ""
+        orders = [f"delete refs/hookd/{run}\n" for run in runs.split()
+                  if int(run) not in {*self.held, self.run.id}]
+        orders.append(f"update refs/hookd/{self.run.id} {self.commit}\n")
+        if self.ask("update-ref", "--stdin", words="".join(orders)) is None:
+            self.say(f"warning: no ref could be written, so git may lose {self.commit}")
+
+    # ---- children
+
+    def step(self, name: str) -> Optional[Outcome]:
+        """Run a script of the hook."""
+        code = self.script(getattr(self.hook, name))
+        return self.ending(code, "" if name == "command" else f"{name} exited with {code}")
+
     def script(self, text: str, **facts: Any) -> int:
-        """Run a script of the hook, if there is one; return its exit status."""
+        """Run a script, if there is one; return its exit status."""
         if not text:
             return 0
-        if not self.begun and not facts:
-            self.begun = self.changed = True
-            with open(f"{self.folder}begun", "wb", opener=private):
-                pass  # a crash from here on counts as an attempt
-        cwd = self.cwd if os.path.isdir(self.cwd) else self.folder  # on_delete removed it
-        limit = f"ulimit -S -n {FILES_SOFT if FILES_SOFT >= 0 else 'unlimited'} 2> /dev/null; "
-        arguments = ["/bin/sh", "-e", "-c", limit + text, "sh"]
-        return self.child(arguments, self.environment(**facts), cwd)
+        if not facts:
+            self.changed = True
+            self.mark("begun")  # a crash from here on counts as an attempt
+        # on_delete removes its directory; what follows must not run in the root directory.
+        cwd = next(filter(os.path.isdir, (self.cwd, self.directory)), self.folder)
+        text = f"ulimit -S -n {FILES_SOFT} 2> /dev/null; {text}"
+        return self.child(["/bin/sh", "-e", "-c", text, "sh"], self.environment(**facts), cwd)
 
     def environment(self, **facts: Any) -> dict[bytes, bytes]:
         """Return what a child finds: hookd's own without private names, the hook's, HOOKD_*."""
@@ -2315,40 +2054,186 @@ class Job:
         return {**self.variables, **own}
 
     def child(self, arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str) -> int:
-        """Run a child to its end, or to the run's; return its exit status, 128+N after signal N."""
-        child = subprocess.Popen(
-            arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks)
-        self.ran = self.ran or arguments[0] != "git"
-        with child:
-            try:
-                self.follow(child, child.stdout.fileno())  # type: ignore[union-attr]
-            finally:
-                if child.returncode is None:
-                    signal_group(child.pid, signal.SIGKILL)
-        if end_group(child.pid, 0.25) and not self.verdict and arguments[0] != "git":
+        """Run a child to its end, or to the run's; return its exit status, 128+N after signal N.
+
+        What is left of its group has a moment to end by itself, then TERM, and KILL at last.
+        """
+        script, signals, end_at = arguments[0] != "git", [signal.SIGTERM, signal.SIGKILL], NEVER
+        with subprocess.Popen(
+                arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks) as child:
+            self.begun = self.begun or script
+            while child.poll() is None or (signals and signal_group(child.pid, 0)):
+                now, gone = time.monotonic(), child.returncode is not None
+                if now >= self.deadline and not gone:
+                    why = f"took longer than {self.hook.timeout}s"
+                    self.verdict = self.verdict or ("timeout", why)
+                if end_at == NEVER and (self.verdict or gone):
+                    end_at = now if self.verdict else now + 0.25
+                if now >= end_at and signals:
+                    signal_group(child.pid, signals.pop(0))
+                    end_at = now + GRACE_SECONDS
+                self.copy(child, 0.02 if gone else 0.25)
+            self.copy(child, 0.0)  # its last words; a background child's would never end
+        if len(signals) < 2 and script and not self.verdict:
             self.say("ended the processes that the script left behind in its process group")
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
-    def follow(self, child: "subprocess.Popen[bytes]", pipe: int) -> None:
-        """Copy the pipe until the child is gone, ending its group when it is time to."""
-        poll, kill_at = select.poll(), 0.0
+    def copy(self, child: "subprocess.Popen[bytes]", seconds: float) -> None:
+        """Copy what a child prints; wait so long for it, or for the child's end."""
+        pipe, poll = child.stdout.fileno(), select.poll()  # type: ignore[union-attr]
         poll.register(pipe, select.POLLIN)
-        while child.poll() is None:
-            if poll.poll(250):
-                data = os.read(pipe, CHUNK)
-                self.output.write(data)
-                if not data:  # closed; the child may go on for long
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        child.wait(0.25)
-            now = time.monotonic()
-            if now >= self.deadline:
-                self.verdict = self.verdict or ("timeout", f"took longer than {self.hook.timeout}s")
-            if self.verdict and now >= kill_at:
-                signal_group(child.pid, signal.SIGKILL if kill_at else signal.SIGTERM)
-                kill_at = now + GRACE_SECONDS
-        if poll.poll(0):  # its last words; a background child's would never end
-            self.output.write(os.read(pipe, CHUNK))
+        data = os.read(pipe, CHUNK) if poll.poll(seconds * 1000) else None
+        if data:
+            self.output.write(data)
+        elif data is not None and child.returncode is None:  # closed; the child may go on for long
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(seconds)
+        elif data is not None:
+            time.sleep(seconds)
+
+
+class ReleaseJob(Job):
+    """Carry out a run whose hook has `releases`: build beside the live one, switch, go back."""
+
+    def __init__(self, run: Run, hook: Hook, state: str, tell: Callable[[Any], None]) -> None:
+        super().__init__(run, hook, state, tell)
+        self.clone, self.current = f"{self.directory}/repo", f"{self.directory}/current"
+        self.switched = False
+
+    def live(self) -> str:
+        """Return the release that `current` leads to, if any."""
+        return os.path.basename(os.readlink(self.current)) if os.path.islink(self.current) else ""
+
+    def stands(self) -> str:
+        commit = f" ({self.run.last_good[:7]})" if self.run.last_good else ""
+        return f"release {self.run.live}{commit}" if self.run.live else "no release"
+
+    def prepare(self) -> Optional[Outcome]:
+        """Build a release and switch to it; or switch to one that is kept."""
+        for path, away in ((f"{self.directory}/.git", self.directory), (self.current,) * 2):
+            if os.path.lexists(path) and not os.path.islink(path):
+                remedy = shlex.join(["mv", away, f"{away}.plain"])
+                return Outcome("failed", 1, f"{path} is in the way of releases; set another "
+                               f"directory, or move it away ({remedy})")
+        # Where the history knows none, what is live was another hook's, or a lost history's.
+        self.run = self.run._replace(live=self.run.live or self.live())
+        for folder in ("repo", "releases", "shared"):
+            os.makedirs(f"{self.directory}/{folder}", exist_ok=True)
+        releases, self.release = f"{self.directory}/releases", self.run.release
+        if self.release and os.path.isdir(f"{releases}/{self.release}"):
+            return self.switch()
+        attempt, self.release = self.run.attempts, ""
+        while not self.release or os.path.lexists(f"{releases}/{self.release}"):
+            attempt += 1
+            self.release = f"{self.run.id}-{attempt}" if attempt > 1 else str(self.run.id)
+        self.cwd = f"{releases}/{self.release}"
+        return (self.fetch() or self.build() or self.share() or self.step("command")
+                or self.switch())
+
+    def build(self) -> Optional[Outcome]:
+        """Check the commit out as a new release, whose objects are those of the clone."""
+        failure, trees = None, [(self.commit, "", f"{self.clone}/.git")]
+        if self.ask("cat-file", "-e", f"{self.commit}:.gitmodules") is not None:
+            failure = self.check_out()
+            self.changed = False  # nothing that anybody sees
+            # NUL, as a path is a pusher's text: a newline in it may not look like another's path.
+            each = r'printf "%s\0" "$sha1" "$displaypath" "$(git rev-parse --absolute-git-dir)"'
+            words = self.ask("submodule", "--quiet", "foreach", "--recursive", each) or ""
+            texts = iter(words.split("\0"))
+            trees += zip(texts, texts, texts)
+        if not failure:
+            self.mark("made", self.release)
+            os.mkdir(self.cwd)
+        for commit, path, folder in trees:
+            failure = failure or self.plant(commit, os.path.join(self.cwd, path), folder)
+        remote = fill(self.hook.git, self.run.push.repo, "")
+        return failure or self.git("config", "remote.origin.url", remote, cwd=self.cwd)
+
+    def plant(self, commit: str, tree: str, folder: str) -> Optional[Outcome]:
+        """Check a commit out into a folder, with the objects of another repository's."""
+        failure = self.git("init", "-q", "--template=", cwd=tree)
+        if not failure:
+            with open(f"{tree}/.git/objects/info/alternates", "w") as file:
+                file.write(f"{folder}/objects\n")
+        return failure or self.git("checkout", "-q", "--force", "--detach", commit, "--", cwd=tree)
+
+    def share(self) -> Optional[Outcome]:
+        """Link what all releases share into the new one; what is shared wins over the commit's."""
+        for name in self.hook.shared:
+            source, link = f"{self.directory}/shared/{name}", f"{self.cwd}/{name}".rstrip("/")
+            if name.endswith("/"):
+                os.makedirs(source, exist_ok=True)
+            elif not os.path.exists(source):
+                return Outcome("failed", 1, f"shared file {source} is missing; put it there")
+            folder = os.path.realpath(os.path.dirname(link))  # it may be, or lie behind, a link
+            if not f"{folder}/".startswith(f"{os.path.realpath(self.cwd)}/"):
+                return Outcome("failed", 1, f"shared {name} leads out of the release by a link")
+            if os.path.lexists(link):
+                self.say(f"{name} is in the repository too; the shared one is used")
+                linked = os.path.islink(link) or os.path.isfile(link)
+                (discard if linked else remove_tree)(link)
+            os.makedirs(folder, exist_ok=True)
+            os.symlink(os.path.relpath(source, folder), link)
+        return None
+
+    def switch(self) -> Optional[Outcome]:
+        """Make the release the live one, unless the run has to end."""
+        if not self.verdict:
+            self.mark("switched", self.run.live)  # a crash from here on has to go back
+            self.cwd, self.switched, self.changed = self.current, True, True
+            point(self.current, f"releases/{self.release}")
+        return self.ending(0)
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Go back where a switch was not confirmed, remove what is too old, say what stands."""
+        if self.settles:
+            marks, self.release = self.marked("switched"), self.live()
+            # The mark knows more than a history that was lost, less than a power cut.
+            self.run = self.run._replace(live=self.run.live or "".join(marks[-1:]))
+            self.switched = bool(marks) or self.run.live not in ("", self.release)
+        if self.switched and outcome.state != "ok":
+            outcome = outcome._replace(note=f"{outcome.note}; {self.go_back()}".lstrip("; "))
+            log.warning("run %d: %s: %s", self.run.id, outcome.note, self.push.place)
+        elif outcome.state not in ("ok", "superseded") and not self.settles:
+            note = f"{outcome.note}; {self.stands()} stands".lstrip("; ")
+            outcome = outcome._replace(note=note)
+        self.clean(outcome.state)
+        return outcome
+
+    def go_back(self) -> str:
+        """Make the release that stands the live one again; return a sentence about it."""
+        self.shielded, self.verdict, live = True, None, self.run.live
+        if not live or not os.path.isdir(f"{self.directory}/releases/{live}"):
+            return f"nothing to go back to, release {self.release} stays"
+        self.say(f"going back to {self.stands()}")
+        tried, failed, fault = self.release, self.commit, ""
+        self.cwd, self.release, self.commit = self.current, live, self.run.last_good
+        try:
+            point(self.current, f"releases/{live}")
+            failure = self.go_live()
+            fault = failure.note or failure.state if failure else ""
+        except OSError as error:
+            fault = str(error)
+        self.release, self.commit, self.verdict = tried, failed, None
+        if self.live() != live:
+            return f"could not go back to {self.stands()} ({fault}), release {tried} stays"
+        self.changed = False
+        discard(f"{self.folder}switched")
+        how = f"but {fault}; it stays" if fault else "which stands"
+        return f"went back to {self.stands()}, {how}"
+
+    def clean(self, state: str) -> None:
+        """Keep the newest good releases, the newest failed one, what is live and what was."""
+        if not os.path.isdir(f"{self.directory}/releases/{self.release}"):
+            self.release = ""
+        known = [pair for pair in [(self.release, state), *self.releases] if pair[0]]
+        good = list(dict.fromkeys(name for name, how in known if how == "ok"))
+        bad = [name for name, how in known if how in ("failed", "timeout")]
+        keep = {*good[: self.hook.releases], *bad[:1], self.run.live, self.live()}
+        for name in {*self.marked("made"), *(name for name, _ in self.releases)} - keep:
+            remove_tree(f"{self.directory}/releases/{name}")
+            self.dropped.append(name)
 
 
 # ========================================================================================= HTTP
@@ -2828,28 +2713,6 @@ class Snapshot(NamedTuple):
     output: Mapping[int, str]  # by run
 
 
-def ask_forge(api: str, token: str, path: str, body: Mapping[str, str]) -> bytes:
-    """POST `body` as JSON and return the head of the answer; raise OSError or ValueError."""
-    from http.client import HTTPConnection, HTTPSConnection
-    from urllib.parse import quote, urlsplit
-
-    end, parts, head = time.monotonic() + REPORT_SECONDS, urlsplit(api), b""
-    connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    # This timeout is for each address of the forge.
-    connection = connect(parts.hostname or "", parts.port, timeout=REPORT_SECONDS / 3)
-    with contextlib.closing(connection):
-        # GitHub, Gitea and Forgejo all take the word "token".
-        connection.request("POST", parts.path.rstrip("/") + quote(path), json.dumps(body), {
-            "Authorization": f"token {token}", "Content-Type": "application/json",
-            "Accept": "application/json", "User-Agent": f"hookd/{VERSION}"})
-        # getresponse() would allow each byte the whole timeout.
-        while b"\r\n\r\n" not in head and len(head) < 16384:
-            connection.sock.settimeout(max(end - time.monotonic(), 0.001))
-            data = connection.sock.recv(4096)
-            head += data or b"\r\n\r\n"  # the end
-    return head.partition(b"\r\n\r\n")[0]
-
-
 def judge_answer(head: bytes) -> tuple[str, float]:
     """Return the fault, or nothing, and the least wait before a retry: below 0, do not retry."""
     match = re.match(rb"HTTP/1\.[01] ([2-5][0-9][0-9])\b", head)
@@ -2869,9 +2732,12 @@ def judge_answer(head: bytes) -> tuple[str, float]:
 
 def send_report(report: Report) -> tuple[str, float]:
     """Try once; return as `judge_answer` does, never with the token."""
-    path = f"/repos/{report.repo}/statuses/{report.commit}"
+    url = f"{report.api.rstrip('/')}/repos/{report.repo}/statuses/{report.commit}"
+    # GitHub, Gitea and Forgejo all take the word "token".
+    headers = {"Authorization": f"token {report.token}", "Content-Type": "application/json",
+               "Accept": "application/json"}
     try:
-        return judge_answer(ask_forge(report.api, report.token, path, report.body))
+        return judge_answer(ask_http(url, REPORT_SECONDS, json.dumps(report.body), **headers))
     except OSError as error:
         return f"no answer: {error.strerror or error}", 0.0
     except ValueError:  # whose text has the token
@@ -3476,10 +3342,14 @@ class Dispatcher:
             job = self.job(run, hook, f"run {number} was cut off; cleaning up: {run.push}")
             job.settles = True
             yield Begin(job)
+        elif os.path.exists(run_file(self.store.state, number, "switched")):
+            yield Line(logging.ERROR, f"run {number}: the ini has no [{run.target.hook}] any more, "
+                       f"so {run.target.directory}/current stays unconfirmed: {run.push}")
 
     def job(self, run: Run, hook: Hook, began: str) -> Job:
         """Return a run's Job, with what it must know of the history."""
-        store, job = self.store, Job(run, hook, self.config.state, self.tell)
+        kind, store = ReleaseJob if hook.releases and not run.push.deleted else Job, self.store
+        job = kind(run, hook, self.config.state, self.tell)
         job.began, job.hidden = began, self.hidden
         job.payload = store.value("SELECT payload FROM runs WHERE id = ?", run.id) or b""
         sql = "SELECT release, state FROM runs WHERE target = ? AND release != '' ORDER BY seq DESC"
@@ -3590,7 +3460,7 @@ class Dispatcher:
             state, note = "cancelled", run.wish
         elif attempts >= ATTEMPTS_MAX:
             state, note = "interrupted", "cut off twice"
-        owes = hook and (state == "interrupted" or (hook.releases and not run.push.deleted))
+        owes = not hook or state == "interrupted" or (hook.releases and not run.push.deleted)
         ends = {} if state == "queued" else {"exit": 1, "duration": seconds}
         self.store.move(run.id, state, note=note, attempts=attempts, owed=1 if owes else 0,
                         **ends)
@@ -3925,7 +3795,7 @@ class Daemon:
             elif isinstance(effect, Done):
                 self.jobs.pop(effect.job.run.id, None)
                 for run in effect.forgotten:
-                    forget(self.config.state, run)
+                    shutil.rmtree(run_file(self.config.state, run), ignore_errors=True)
             elif isinstance(effect, Ask):
                 self.remotes.hurry(hook.section for hook in self.config.hooks.values()
                                    if not effect.repo or hook in self.config.hooks_for(effect.repo))
@@ -4441,7 +4311,7 @@ def hook_faults(hook: Hook, root: str, git: Callable[[], Any]) -> Iterator[tuple
         yield "deploy_key", f"ssh refuses a key that others can read; chmod 600 {key}"
     for name in SCRIPTS:
         yield name, shell_fault(getattr(hook, name))
-    yield "environment_file", fault_of(partial(base_environment, hook))
+    yield "environment_file", fault_of(partial(file_variables, hook))
     if hook.git:
         yield "git", fault_of(git)
 
@@ -4474,7 +4344,7 @@ def faults(setup: Setup, online: bool) -> Iterator[tuple[str, str, str]]:
     for section, hook in config.hooks.items():
         repo = hook.repo if online and not hook.repo.endswith("*") else ""
         git = partial(remote_refs, hook, repo, config.state) if repo else partial(
-            ask_git, ["--version"], base_environment(replace(hook, environment_file="")))
+            ask_git, ["--version"], base_environment(hook))
         for key, fault in (*order_faults(config, hook), *hook_faults(hook, root, git)):
             yield section, key, fault
         token = keyring.tokens[section]
