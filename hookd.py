@@ -3380,7 +3380,10 @@ class Dispatcher:
     def ended(self, event: Ended) -> Iterator[Effect]:
         """Record what became of a job; here every run that began ends, or waits again."""
         run, state = event.job.run, event.outcome.state
-        if event.job.settles:
+        if not self.store.value("SELECT 1 FROM runs WHERE id = ?", run.id):
+            fault = f"run {run.id} {state}, but its database was removed: {run.push}"
+            yield Line(logging.WARNING, fault)
+        elif event.job.settles:
             self.settled(run, event.outcome)
         elif state == "queued":
             yield from self.waits_again(event)
