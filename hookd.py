@@ -957,11 +957,12 @@ INSERT INTO runs (id, target, state, cause, event, repo, ref, commit_id, before_
         CASE WHEN began THEN r.id END, exit, note, queued, began, ended, duration, payload
     FROM old.runs r JOIN old.targets t ON t.id = r.target;
 """
+PUSH_COLUMNS = ("event", "repo", "ref", "commit_id", "before_id", "pusher", "subject", "deleted")
 REPLACEABLE = "cause IN ('delivery', 'catch-up')"
 STANDS = "FROM runs g WHERE g.target = {} AND g.state = 'ok' AND g.deleted = 0 ORDER BY g.seq DESC"
 # In the order of the fields of Run, Target and Push: see Store.runs.
 RUNS = f"""SELECT r.id, t.id, t.hook, t.repo, t.ref, t.directory, t.event, t.ordinal, t.newest,
-    t.signature, r.event, r.repo, r.ref, r.commit_id, r.before_id, r.pusher, r.subject, r.deleted,
+    t.signature, {", ".join(f"r.{name}" for name in PUSH_COLUMNS)},
     r.state, r.cause, r.delivery, r.goal, r.release, r.attempts, r.tries, r.wish, r.owed, r.note,
     coalesce((SELECT l.state FROM runs l WHERE l.target = t.id AND l.seq IS NOT NULL
         AND l.ended IS NOT NULL AND l.id != r.id ORDER BY l.seq DESC LIMIT 1), ''),
@@ -1165,11 +1166,9 @@ class Store:
         """Queue a run; return its number. `facts` are columns that not every run has."""
         rank = PATTERN if hook.is_pattern else EXACT
         facts.update(
-            state="queued", queued=time.time(), target=target.id, cause=cause,
-            rank=BY_VERB if cause in ("run", "rollback") else rank,
-            lock=fill(hook.lock, push.repo, push.ref), event=push.event, repo=push.repo,
-            ref=push.ref, commit_id=push.commit, before_id=push.before, pusher=push.pusher,
-            subject=push.subject, deleted=push.deleted)
+            zip(PUSH_COLUMNS, push), state="queued", queued=time.time(), target=target.id,
+            cause=cause, rank=BY_VERB if cause in ("run", "rollback") else rank,
+            lock=fill(hook.lock, push.repo, push.ref))
         marks = ", ".join("?" * len(facts))
         sql = f"INSERT INTO runs ({', '.join(facts)}) VALUES ({marks})"
         return self.execute(sql, *facts.values()).lastrowid or 0
@@ -3540,13 +3539,12 @@ class Remotes:
         self.tell = tell
         self.next: dict[str, float] = {}  # by section, when its remotes are to be asked
         self.down: set[str] = set()  # remotes that did not answer, which is logged once
-        self.busy = False  # a thread asks; all that it changes
-        self.rest_until = 0.0  # after a try that failed
+        self.rest_until = 0.0  # after a try that failed; NEVER while a thread asks
 
     @property
     def at(self) -> float:
         """When the next is to be asked."""
-        return NEVER if self.busy else max(self.rest_until, min(self.next.values(), default=NEVER))
+        return max(self.rest_until, min(self.next.values(), default=NEVER))
 
     def plan(self, config: Config, first: float) -> None:
         """Take a configuration's hooks; those that are new are asked `first` seconds from now."""
@@ -3565,18 +3563,15 @@ class Remotes:
         """Ask those whose time has come, in a thread of their own."""
         now = time.monotonic()
         hooks = [config.hooks[name] for name, at in self.next.items() if at <= now]
-        self.rest_until = now + NOISE_SECONDS
+        self.rest_until = NEVER  # before the thread, which may be through at once
         try:
             pairs = [(hook, repo) for hook in hooks for repo in store.repositories(hook)]
+            if start_thread(self.ask, pairs, config.state):
+                self.next.update((hook.section, now + hook.catch_up) for hook in hooks)
+                return
         except (sqlite3.Error, OSError, ConfigError) as error:
             log.error("remotes cannot be asked now: %s", error)
-            return
-        self.busy = True  # before the thread, which may be through at once
-        if start_thread(self.ask, pairs, config.state):
-            self.rest_until = 0.0
-            self.next.update((hook.section, now + hook.catch_up) for hook in hooks)
-        else:
-            self.busy = False
+        self.rest_until = now + NOISE_SECONDS
 
     def ask(self, pairs: Sequence[tuple[Hook, str]], state: str) -> None:
         """Hand on the newest commits of the branches of each remote: the root of a thread."""
@@ -3593,7 +3588,7 @@ class Remotes:
                 self.down.add(remote)
             except Exception:
                 log.exception("a bug in hookd, in catch-up; please report this")
-        self.busy = False
+        self.rest_until = 0.0
         self.tell(None)
 
 
@@ -3614,13 +3609,6 @@ def read_page(config: Config, up: bool) -> Snapshot:
                 text = redact(file.read(OUTPUT_TAIL).decode("utf-8", "replace"), hidden)
             output[run] = "\n".join(text.splitlines()[-100:])
     return Snapshot(time.time(), up, targets, runs, totals, output)
-
-
-def make_fifo(path: str) -> int:
-    """Open the FIFO that wakes the daemon, made if need be; writing to it never blocks."""
-    with contextlib.suppress(FileExistsError):
-        os.mkfifo(path, 0o600)
-    return os.open(path, os.O_RDWR | os.O_NONBLOCK)
 
 
 class Daemon:
@@ -3645,7 +3633,9 @@ class Daemon:
         self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)
         self.where = self.status = self.stored = ""  # address, STATUS= line, stored socket's name
         self.given = False  # whether a .socket unit gave us sockets
-        self.ear = make_fifo(f"{config.state}/wake")
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(f"{config.state}/wake", 0o600)
+        self.ear = os.open(f"{config.state}/wake", os.O_RDWR | os.O_NONBLOCK)
         self.server = Server(lambda *head: check_head(self.config, *head), self.refused)
         self.server.selector.register(self.ear, selectors.EVENT_READ, self.hear)
 
