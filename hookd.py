@@ -1278,10 +1278,11 @@ class Store:
 
     # ---- pauses
 
-    def paused(self, number: int) -> Optional[str]:
-        """Return why a run is held back, None where it is not."""
+    def paused(self, number: int, by_verb: bool = False) -> Optional[str]:
+        """Return why a run is held back, None where it is not: a verb's never is."""
         why: Optional[str] = self.value(f"""SELECT p.why FROM runs r JOIN pauses p ON {PAUSED}
-            WHERE r.id = ? AND r.cause NOT IN ('run', 'rollback') ORDER BY p.id LIMIT 1""", number)
+            WHERE r.id = ? AND (? OR r.cause NOT IN ('run', 'rollback'))
+            ORDER BY p.id LIMIT 1""", number, by_verb)
         return why
 
     def pause(self, words: tuple[str, str], why: str, run: int = 0, target: int = 0) -> None:
@@ -1371,10 +1372,16 @@ RUN_FACTS = ("run", "state", "event", "cause", "commit", "subject", "pusher", "q
              "ended", "duration", "exit", "note")
 
 
-def listed(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the targets that `status` lists: with a run, and not of a deleted branch."""
+def listed(rows: Iterable[dict[str, Any]],
+           hooks: Optional[Mapping[str, Hook]]) -> list[dict[str, Any]]:
+    """Return the targets that `status` lists: at work, or with a run, a hook and a branch."""
+    def known(row: Mapping[str, Any]) -> bool:
+        hook = hooks.get(row["hook"]) if hooks is not None else None
+        return hooks is None or (hook is not None and row["directory"]
+                                 == fill(hook.directory, row["repo"], row["ref"]))
+
     return [row for row in rows if row["running"] or row["waiting"]
-            or (row["run"] and not row["gone"])]
+            or (row["run"] and not row["gone"] and known(row))]
 
 
 def clean(facts: Mapping[str, Any], names: Sequence[str], hidden: Sequence[str]) -> dict[str, Any]:
@@ -1397,16 +1404,20 @@ def history(store: Store, target: int, most: int = -1) -> list[dict[str, Any]]:
     return rows
 
 
+def reason(outcome: Outcome) -> str:
+    """Say why a run did not end ok, "" where nothing is to be said."""
+    code = f"exit {outcome.exit}" if outcome.exit and outcome.state == "failed" else ""
+    return "; ".join(filter(None, [code, outcome.note]))
+
+
 def summary(run: Run, outcome: Outcome, seconds: float) -> str:
     """Return one line about a run for a person."""
-    push, why = run.push, [outcome.note] if outcome.note else []
-    if outcome.exit and outcome.state == "failed":
-        why.insert(0, f"exit {outcome.exit}")
-    reason = f" ({'; '.join(why)})" if why else ""
+    push, why = run.push, reason(outcome)
+    why = f" ({why})" if why else ""
     at = f" at {push.commit[:7]}" if push.commit else ""
     subject = f' "{push.subject}"' if push.subject else ""
     by = f" by {push.pusher}" if push.pusher else ""
-    return escape(f"{push.place} {outcome.state}{reason}{at}{subject}{by}, run {run.id}, "
+    return escape(f"{push.place} {outcome.state}{why}{at}{subject}{by}, run {run.id}, "
                   f"{seconds:.0f} s")
 
 
@@ -1454,7 +1465,8 @@ UNREACHABLE = re.compile(  # git's, curl's and ssh's words for a remote that can
     "Network is unreachable|No route to host|Failed to connect|Couldn't connect|Connection reset|"
     "Connection closed by|Operation too slow|returned error: 5|unable to connect|early EOF|"
     "unexpected disconnect|remote end hung up unexpectedly|Recv failure")
-GIT = ("git", "-c", "gc.autoDetach=false", "-c", "maintenance.autoDetach=false")
+GIT = ("git", "-c", "gc.autoDetach=false", "-c", "maintenance.autoDetach=false",
+       "-c", "init.defaultBranch=main")  # else git prints hints at each clone
 
 
 def run_file(state: str, run: int, name: str = "") -> str:
@@ -1795,7 +1807,7 @@ class Job:
         if outcome.state == "ok" and self.hook.git and self.commit:
             self.hold_commit()
         if outcome.note:
-            self.say(f"{outcome.state}: {outcome.note}")
+            self.say(f"{outcome.state}: {reason(outcome)}")
         if outcome.state in ("ok", "failed", "timeout"):
             self.afterwards(outcome, time.monotonic() - self.since)
         return outcome
@@ -3320,9 +3332,14 @@ class Dispatcher:
             run = store.runs("WHERE r.id = ?", number)[0]
             hook = self.hook(run)
             if hook is None:
-                store.move(number, "cancelled", note="hookd.ini has no such hook any more")
+                note = "hookd, as it runs, has no such hook; was hookd.ini reloaded?"
+                store.move(number, "cancelled", note=note)
                 yield Line(logging.WARNING,
                            f"run {number} cancelled, its hook is no more: {run.push}")
+                continue
+            target = store.target(hook, run.target.repo, run.push.ref)
+            if target.id != run.target.id:  # the ini in force names another directory
+                store.execute("UPDATE runs SET target = ? WHERE id = ?", target.id, number)
                 continue
             running += 1
             seq = (store.value("SELECT max(seq) FROM runs") or 0) + 1
@@ -3597,7 +3614,7 @@ def read_page(config: Config, up: bool) -> Snapshot:
     hidden, output = hidden_words(config.levels, config.base, config.state), {}
     with contextlib.closing(Store(config.state)) as store:
         store.execute("BEGIN")  # all of one instant
-        rows = [row for row in listed(store.overview()) if row["hook"] in config.hooks]
+        rows = listed(store.overview(), config.hooks)
         runs = [[clean(facts, RUN_FACTS, hidden) for facts in history(store, row["target"], 10)]
                 for row in rows]
         totals = store.execute("SELECT * FROM totals").fetchall()
@@ -3997,6 +4014,8 @@ def read_ini(file: str) -> Ini:
         raise ConfigError(f"{file}: is not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         remedy = "name the ini with -c FILE, or try it with sudo"
+        if "HOOKD_USER" in os.environ:  # root, before the verb became the owner of the state
+            remedy = f"as root: chgrp {os.getegid()} {file} && chmod 640 {file}"
         raise ConfigError(f"{file}: cannot be read: {error}; {remedy}") from None
 
 
@@ -4193,10 +4212,8 @@ def targets_of(setup: Setup, store: Store, options: "argparse.Namespace") -> lis
     """Return the targets of REPO BRANCH, of REPO, or all, without those that are gone."""
     repo, branch = options.repo, options.branch
     ran = f"SELECT 1 FROM runs WHERE target = ? AND {IS_BRANCH}"  # tags share one target
-    hooks = setup.maybe.hooks if setup.maybe else None
-    return [row for row in listed(store.overview())
-            if (hooks is None or row["hook"] in hooks or row["running"] or row["waiting"])
-            and (not repo or row["repo"].lower() == repo.lower())
+    return [row for row in listed(store.overview(), setup.maybe.hooks if setup.maybe else None)
+            if (not repo or row["repo"].lower() == repo.lower())
             and (not branch or branch in (row["ref"], row["branch"])
                  or store.value(ran, row["target"], *[branch] * 3))]
 
@@ -4251,11 +4268,14 @@ def writable(path: str, root: str) -> str:
     if home and (not os.path.exists(root + home[0]) or not os.access(root + home[0], os.X_OK)):
         return (f"{user} cannot enter {home[0]}; as root: setfacl -m u:{user}:x {home[0]}, and "
                 "set ProtectHome=read-only and ReadWritePaths= with systemctl edit hookd")
+    if not os.access(root + above, os.X_OK):
+        return f"{user} cannot enter {above}; as root: chmod o+x {above}"
     parts = path.split("/")
     place = "/".join(parts[:3]) if above in ("/", f"/{parts[1]}") else above
     if root and os.access(above, os.W_OK | os.X_OK):
-        return (f"the unit keeps hookd from writing {above}; systemctl edit hookd: "
-                f"ReadWritePaths={place}, or systemctl restart hookd where it is newer than hookd")
+        return (f"the unit keeps hookd from writing {above}; systemctl edit hookd: [Service] "
+                f"ReadWritePaths={place}, then systemctl restart hookd; where the unit allows it, "
+                "the restart alone")
     remedy = (f"chown -R {user}: {path}" if above == path else
               f"install -d -o {user} -g {group} {missing}")
     return f"{user} cannot write {above}; as root: {remedy}"
@@ -4496,6 +4516,9 @@ def run(setup: Setup, options: "argparse.Namespace") -> int:
         push = push._replace(commit=goal or ("" if hook.git else seen), before=seen)
         number = store.add(target, push, "run", hook, payload=push_json(push),
                            goal=goal if hook.git else "")
+        why = store.paused(number, by_verb=True)
+    if why is not None:
+        print(f"hookd: {push.place} is paused ({why}); a run by hand goes ahead", file=sys.stderr)
     return follow(setup, number)
 
 
@@ -4572,7 +4595,9 @@ def cancel(setup: Setup, options: "argparse.Namespace") -> int:
             else:
                 store.wish(row.id, who)
     if not rows:
-        raise SystemExit("hookd: nothing to cancel: no such run is running or waiting")
+        ended = "".join(f": run {row.id} has ended: {row.state}"
+                        for row in store.runs(f"WHERE {where}", *words) if not options.branch)
+        raise SystemExit(f"hookd: nothing to cancel{ended or ': nothing runs or waits there'}")
     up = wake_daemon(setup.state)
     state_of = partial(store.value, "SELECT state FROM runs WHERE id = ?")
     for row in rows:
@@ -4857,13 +4882,13 @@ def prepare(options: "argparse.Namespace", argv: Sequence[str]) -> Setup:
 def main(argv: Sequence[str]) -> int:
     """Do what a command line asks; return the exit status."""
     options = arguments(argv)
+    if options.verb != "serve" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception could be lost in a fork
     try:
         return VERBS[options.verb].function(prepare(options, argv), options)
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 78
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # `hookd.py log | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (OSError, sqlite3.Error) as error:
