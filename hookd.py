@@ -25,8 +25,8 @@ Exit status: 0 done; 1 failed; 2 wrong usage; 78 the ini needs mending. `run`, `
 
 import sys
 
-if sys.version_info < (3, 9):
-    sys.exit("hookd needs Python 3.9 or later; this is Python %d.%d" % sys.version_info[:2])
+if sys.version_info < (3, 9):  # noqa: UP036
+    sys.exit("hookd needs Python 3.9 or later; this is Python %d.%d" % sys.version_info[:2])  # noqa: UP031
 
 import configparser
 import contextlib
@@ -4055,8 +4055,8 @@ def read_keyring(config: Config, make: bool) -> Keyring:
             return found
         except (OSError, ValueError) as error:
             level = config.level_of(hook, key) or "hookd"
-            problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); put it in a "
-                            "file that hookd may read")
+            problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); put it in "
+                            "a file that hookd may read")
             return given
 
     secrets, tokens = {}, {}
@@ -4154,7 +4154,10 @@ def hidden_of(setup: Setup) -> list[str]:
     """Return what is shown as ***, also where the ini is broken; waits for no dead file system."""
     # In a child: a process one of whose threads such a file system holds cannot even exit.
     reader, writer = os.pipe()
-    if not os.fork():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Python drops what a fork raises
+    child = os.fork()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if not child:
         try:
             os.closerange(0, 3)
             words = hidden_words(setup.ini.levels, setup.ini.base, setup.state)
@@ -4204,7 +4207,7 @@ def runs_of(options: "argparse.Namespace") -> tuple[str, list[str]]:
     if options.branch:
         return f"r.repo = ? AND r.{IS_BRANCH}", [options.repo, *[options.branch] * 3]
     if not options.repo.isdigit():
-        raise SystemExit("hookd: give the number of a run, or REPO BRANCH; hookd.py status has both")
+        raise SystemExit("hookd: give a run's number, or REPO BRANCH; hookd.py status has both")
     return "r.id = ?", [options.repo]
 
 
@@ -4333,7 +4336,8 @@ def daemon_faults(setup: Setup, pid: int, root: str) -> Iterator[tuple[str, str]
     """Yield keys of [hookd] and their faults, if any, beside the hookd that serves this state."""
     config, restart = setup.config, "differs from the running hookd's; systemctl restart hookd"
     yield "tls_cert", fault_of(partial(tls_context, config))
-    with contextlib.suppress(OSError), open(os.path.join(setup.state, "locks", DAEMON_LOCK)) as file:
+    lock = os.path.join(setup.state, "locks", DAEMON_LOCK)
+    with contextlib.suppress(OSError), open(lock) as file:
         noted = re.search(r" log=(\w+)$", file.read())
         if pid and noted and noted[1] != config.log:
             yield "log", restart
@@ -4374,7 +4378,8 @@ def is_public(path: str) -> bool:
 def doubts(setup: Setup) -> Iterator[tuple[str, str, str]]:
     """Yield section, key and warning: what works, and is likely not meant."""
     config = setup.config
-    with contextlib.suppress(OSError), open(f"/proc/{daemon_pid(setup.state) or 'self'}/status") as file:
+    status = f"/proc/{daemon_pid(setup.state) or 'self'}/status"
+    with contextlib.suppress(OSError), open(status) as file:
         if "NoNewPrivs:\t1" in file.read():
             for section, hook in config.hooks.items():
                 for key in SCRIPTS:
@@ -4382,7 +4387,8 @@ def doubts(setup: Setup) -> Iterator[tuple[str, str, str]]:
                         yield section, key, ("sudo cannot work under the unit's NoNewPrivileges=; "
                                              "README has polkit")
     given = [(level, key, text) for level, texts in config.levels.items()
-             for key, text in texts.items() if key in (*SECRETS, "report_token", "report_token_file")]
+             for key, text in texts.items()
+             if key in (*SECRETS, "report_token", "report_token_file")]
     for level, key, text in [*given, ("hookd", "secret_file", f"{config.state}/secret")]:
         named = key.endswith("_file")
         path = secret_path(os.path.join(config.base, text)) if named else setup.file
@@ -4456,7 +4462,7 @@ def full_commit(store: Store, hook: Hook, push: Push, text: str) -> str:
 
 
 def watch(setup: Setup, number: int, following: bool) -> int:
-    """Print a run's output, and with `following` its end once it has come; return its exit status."""
+    """Print a run's output, with `following` until its end has come; return its exit status."""
     store, hidden, shown, last, up_at = setup.store, hidden_of(setup), 0, b"\n", time.monotonic()
     while True:
         rows = store.runs("WHERE r.id = ?", number)
@@ -4497,7 +4503,8 @@ def follow(setup: Setup, number: int) -> int:
     try:
         return watch(setup, number, True)
     except KeyboardInterrupt:
-        print(f"\nhookd: run {number} goes on; hookd.py log -f {number} follows it", file=sys.stderr)
+        line = f"\nhookd: run {number} goes on; hookd.py log -f {number} follows it"
+        print(line, file=sys.stderr)
         raise
 
 
@@ -4507,7 +4514,8 @@ def run(setup: Setup, options: "argparse.Namespace") -> int:
     if hook.git and hook.is_pattern and not options.commit:
         with contextlib.suppress(OSError):  # the run will say what is wrong
             if push.ref not in remote_refs(hook, push.repo, setup.state, "--heads", "--tags"):
-                raise SystemExit(f"hookd: the remote has no {short_name(push.ref)}; nothing is queued")
+                name = short_name(push.ref)
+                raise SystemExit(f"hookd: the remote has no {name}; nothing is queued")
     push = push._replace(repo=store.spelling(push.repo))
     goal = full_commit(store, hook, push, options.commit) if options.commit else ""
     with store.transaction():
@@ -4561,7 +4569,8 @@ def rollback(setup: Setup, options: "argparse.Namespace") -> int:
     """go back to what worked, or to COMMIT or RUN; pauses the branch"""
     (hook, push), store = needed_hook(setup, options), setup.store
     repo, named = store.spelling(push.repo), options.goal or ""
-    known = is_number(named) and store.value("SELECT 1 FROM runs WHERE id = ? AND repo = ?", named, repo)
+    sql = "SELECT 1 FROM runs WHERE id = ? AND repo = ?"
+    known = is_number(named) and store.value(sql, named, repo)
     if named and not known:
         named = full_commit(store, hook, push._replace(repo=repo), named)
     with store.transaction():
@@ -4747,8 +4756,8 @@ def show_status(setup: Setup, options: "argparse.Namespace") -> int:
     runs = [clean(facts, RUN_FACTS, hidden) for row in rows if options.branch
             for facts in history(store, row["target"])]
     if options.repo and known and not rows:
-        print(f"hookd: nothing has run for {escape(place_name(options.repo, options.branch or ''))}",
-              file=sys.stderr)
+        name = escape(place_name(options.repo, options.branch or ""))
+        print(f"hookd: nothing has run for {name}", file=sys.stderr)
     if options.json:
         print(json.dumps(runs if options.branch else targets, indent=1))
     elif options.branch:
@@ -4832,7 +4841,8 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hookd.ini")
     top.add_argument("-c", metavar="FILE", dest="file", default=beside,
                      help="the ini; hookd.ini beside hookd.py unless given")
-    top.add_argument("--version", action="version", version=f"hookd {VERSION}, for Python 3.9 or later")
+    version = f"hookd {VERSION}, for Python 3.9 or later"
+    top.add_argument("--version", action="version", version=version)
     parsers = top.add_subparsers(metavar="VERB", dest="verb")
     top.set_defaults(verb="serve", event="")
     for name, verb in VERBS.items():
@@ -4866,7 +4876,8 @@ def prepare(options: "argparse.Namespace", argv: Sequence[str]) -> Setup:
         ini.problems += error.problems
     state = ini.state(default_state())
     if verb.changes and os.geteuid() == 0 and not os.path.isdir(state):
-        raise SystemExit(f"hookd: {state} does not exist yet; start hookd first: systemctl start hookd")
+        remedy = "start hookd first: systemctl start hookd"
+        raise SystemExit(f"hookd: {state} does not exist yet; {remedy}")
     become_owner(state, argv)
     if os.path.isdir(state) and not os.access(state, os.R_OK | os.X_OK):
         raise SystemExit(f"hookd: {state}: permission denied; try it with sudo")
@@ -4882,13 +4893,13 @@ def prepare(options: "argparse.Namespace", argv: Sequence[str]) -> Setup:
 def main(argv: Sequence[str]) -> int:
     """Do what a command line asks; return the exit status."""
     options = arguments(argv)
-    if options.verb != "serve" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an exception could be lost in a fork
     try:
         return VERBS[options.verb].function(prepare(options, argv), options)
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 78
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:  # `hookd.py log | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (OSError, sqlite3.Error) as error:
