@@ -293,9 +293,12 @@ class Daemon:
         """Return what starts hookd on this ini with these words.
 
         As the owner of the state hookd may start again under another Python: from its source.
+        Without -S, Python would spend as long again on looking for what is installed beside it.
         """
         own = not self.state.exists() or self.state.stat().st_uid == os.geteuid()
-        return [sys.executable, str(COMPILED if own else HOOKD), "-c", str(self.ini), *words]
+        alone = [] if "PYTHONPATH" in self.environment else ["-S"]
+        program = str(COMPILED if own else HOOKD)
+        return [sys.executable, *alone, program, "-c", str(self.ini), *words]
 
     def spawn(self, command, sockets=(), names="", **more):
         """Start a process in the daemon's environment, its output at the end of the log.
@@ -1221,11 +1224,11 @@ class Levels(Case):
              "set directory"),
             (("octo/site main", {"directory": "a"}), ("octo/shop dev", {"directory": "a"}), ""),
             (("octo/site main", {"directory": "a", "releases": 3}),
-             ("octo/shop dev", {"directory": "a", "releases": 3}), "releases need one each"),
+             ("octo/shop dev", {"directory": "a", "releases": 3}), "set directory"),
             (("octo/site main", {"directory": "a", "releases": 3}),
-             ("octo/site dev", {"directory": "b/../a/", "releases": 3}), "releases need one each"),
+             ("octo/site dev", {"directory": "b/../a/", "releases": 3}), "set directory"),
             (("octo/site main", {"directory": "{name}", "releases": 3}),
-             ("octo/site dev", {"directory": "{name}", "releases": 3}), "releases need one each"),
+             ("octo/site dev", {"directory": "{name}", "releases": 3}), "set directory"),
             (("octo/site main", {"directory": "{slug}", "releases": 3}),
              ("octo/shop dev", {"directory": "{slug}", "releases": 3}), ""))
         sections = {"": [], "refused": []}
