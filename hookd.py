@@ -1452,11 +1452,9 @@ ADVICE = {
     "Permission denied (publickey": "the remote does not know this key; add its .pub there",
     "could not read Username": "the remote wants a login; use an ssh URL and a deploy_key",
     "Authentication failed": "the remote refused the login; use an ssh URL and a deploy_key",
-    "not appear to be a git repository": "there is no repository at that URL; check git",
     "epository not found": "no such repository for this key; check git and deploy_key",
     "couldn't find remote ref": "the remote has no such branch; was it deleted?",
     "Could not resolve host": "the remote's name is not known; check git and the network",
-    "transport 'file' not allowed": "a submodule's URL has a scheme that git's URL has not",
     "directory: 'git'": "no git in PATH; install git, or set PATH in environment",
     "No space left": "the disk is full; make room",
 }
@@ -1904,10 +1902,7 @@ class Job:
     # ---- git
 
     def git(self, *arguments: str, cwd: str = "") -> Optional[Outcome]:
-        """Run a git command that works, in the clone unless `cwd` says otherwise.
-
-        What could not reach the remote is to be tried again.
-        """
+        """Run a git command that works; what could not reach the remote is to be tried again."""
         cwd, name = cwd or self.clone, arguments[0]
         environ = {**self.environment(), **git_environment(self.hook, self.state, cwd)}
         code = self.child([*GIT, *arguments], environ, cwd)
@@ -1946,13 +1941,9 @@ class Job:
         return self.git("init", "-q") or self.git("config", "remote.origin.url", remote)
 
     def fetch(self) -> Optional[Outcome]:
-        """Bring the commit to be deployed into the clone, and name it.
-
-        The fetch writes a ref of our own, so that git can tell the remote what it has, and the
-        next fetch is small.
-        """
-        push, goal, tip = self.run.push, self.run.goal, f"refs/hookd/tip/{slug(self.run.push.ref)}"
-        failure = self.open_clone()
+        """Bring the commit to be deployed into the clone, and name it."""
+        push, goal, failure = self.run.push, self.run.goal, self.open_clone()
+        tip = f"refs/hookd/tip/{slug(push.ref)}"  # a ref of our own makes the next fetch small
         if goal:
             return failure or self.fetch_goal(goal) or self.name_commit(goal)
         failure = failure or self.bring(f"+{push.ref}:{tip}")
@@ -1967,8 +1958,7 @@ class Job:
     def fetch_goal(self, goal: str) -> Optional[Outcome]:
         """Bring the very commit that was asked for, wherever in the repository it is."""
         have = partial(self.ask, "cat-file", "-e", f"{goal}^{{commit}}")
-        had = have() is not None
-        if had and self.run.cause == "rollback":
+        if self.run.cause == "rollback" and have() is not None:
             return None
         failure = self.bring("--prune", "+refs/heads/*:refs/hookd/heads/*",
                              "+refs/tags/*:refs/hookd/tags/*")
@@ -1977,12 +1967,10 @@ class Job:
             if failure and failure.state == "failed":
                 fault = f"the remote has no commit {goal}, or does not give it"
                 failure = failure._replace(note=fault, exit=1)
-        if failure and not had:
-            return failure
-        if not self.ask("for-each-ref", "--count=1", "--contains", goal, "refs/hookd/heads",
-                        "refs/hookd/tags"):
+        places = "refs/hookd/heads", "refs/hookd/tags"
+        if not failure and not self.ask("for-each-ref", "--count=1", "--contains", goal, *places):
             self.say(f"warning: commit {goal} is on no branch or tag of the remote")
-        return None
+        return failure
 
     def needless(self, commit: str, tip: str) -> Optional[Outcome]:
         """End a run whose commit passed its checks too late to be deployed."""
@@ -2006,11 +1994,8 @@ class Job:
         return None
 
     def check_out(self) -> Optional[Outcome]:
-        """Make the clone's working tree the named commit, with its submodules.
-
-        Tracked files become the commit's; untracked and ignored ones stay. HEAD is detached, so
-        that branches like `a` and `a/b` can share a working copy.
-        """
+        """Make the clone's working tree the named commit, with its submodules; keep other files."""
+        # Detached, so that branches like `a` and `a/b` can share a working copy.
         self.changed, checkout = True, ("checkout", "-q", "--force", "--detach", self.commit, "--")
         failure = self.git(*checkout)
         if failure and b"index file" in self.output.tail:
@@ -2065,10 +2050,7 @@ class Job:
         return {**self.variables, **own}
 
     def child(self, arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str) -> int:
-        """Run a child to its end, or to the run's; return its exit status, 128+N after signal N.
-
-        What is left of its group has a moment to end by itself, then TERM, and KILL at last.
-        """
+        """Run a child to its end, or to the run's; return its exit status, 128+N after signal N."""
         script, signals, end_at = arguments[0] != "git", [signal.SIGTERM, signal.SIGKILL], NEVER
         with subprocess.Popen(
                 arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -2084,7 +2066,10 @@ class Job:
                 if now >= end_at and signals:
                     signal_group(child.pid, signals.pop(0))
                     end_at = now + GRACE_SECONDS
-                self.copy(child, 0.02 if gone else 0.25)
+                if gone:
+                    time.sleep(0.02)
+                else:
+                    self.copy(child, 0.25)
             self.copy(child, 0.0)  # its last words; a background child's would never end
         if len(signals) < 2 and script and not self.verdict:
             self.say("ended the processes that the script left behind in its process group")
@@ -2094,14 +2079,12 @@ class Job:
         """Copy what a child prints; wait so long for it, or for the child's end."""
         pipe, poll = child.stdout.fileno(), select.poll()  # type: ignore[union-attr]
         poll.register(pipe, select.POLLIN)
-        data = os.read(pipe, CHUNK) if poll.poll(seconds * 1000) else None
-        if data:
+        if poll.poll(seconds * 1000):
+            data = os.read(pipe, CHUNK)
             self.output.write(data)
-        elif data is not None and child.returncode is None:  # closed; the child may go on for long
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(seconds)
-        elif data is not None:
-            time.sleep(seconds)
+            if not data:  # closed; the child may go on for long
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(seconds)
 
 
 class ReleaseJob(Job):
@@ -2203,12 +2186,11 @@ class ReleaseJob(Job):
             # The mark knows more than a history that was lost, less than a power cut.
             self.run = self.run._replace(live=self.run.live or "".join(marks[-1:]))
             self.switched = bool(marks) or self.run.live not in ("", self.release)
-        if self.switched and outcome.state != "ok":
-            outcome = outcome._replace(note=f"{outcome.note}; {self.go_back()}".lstrip("; "))
-            log.warning("run %d: %s: %s", self.run.id, outcome.note, self.push.place)
-        elif outcome.state not in ("ok", "superseded") and not self.settles:
-            note = f"{outcome.note}; {self.stands()} stands".lstrip("; ")
-            outcome = outcome._replace(note=note)
+        if outcome.state not in ("ok", "superseded"):
+            stands = self.go_back() if self.switched else f"{self.stands()} stands"
+            outcome = outcome._replace(note=f"{outcome.note}; {stands}".lstrip("; "))
+        if self.settles:
+            log.warning("run %d: %s: %s", self.run.id, outcome.note, self.run.push)
         self.clean(outcome.state)
         return outcome
 
@@ -3949,30 +3931,16 @@ class Daemon:
 # starts, ends or holds back a run is written into the queue, and a byte into the FIFO wakes the
 # daemon, which alone runs commands.
 
+STATE_VERBS = ("status", "log", "cancel", "pause", "resume")  # they need the state, not the hooks
+CHANGING = ("run", "rollback", "cancel", "pause", "resume", "secret")
+IS_BRANCH = "ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
+
 
 def make_state(state: str) -> None:
     for folder in ("", "runs", "locks", "work"):
         os.makedirs(os.path.join(state, folder), 0o700, exist_ok=True)
     with contextlib.suppress(PermissionError):
         os.chmod(state, 0o700)
-
-
-class Setup(NamedTuple):
-    """What a verb works with; `config` is None where the ini is broken and the verb needs none."""
-
-    file: str
-    ini: Ini
-    state: str
-    maybe: Optional[Config]
-
-    @property
-    def config(self) -> Config:
-        return self.maybe or self.ini.config(self.state)
-
-    @property
-    def store(self) -> Store:
-        make_state(self.state)
-        return Store(self.state)
 
 
 def default_state() -> str:
@@ -4001,22 +3969,25 @@ def become_owner(state: str, argv: Sequence[str]) -> None:
     for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         with contextlib.suppress(OSError):  # a Python in /root is not the owner's to run
             os.execv(python, [python, os.path.abspath(__file__), *argv])
-    raise SystemExit(f"hookd: the user {owner.pw_name} cannot run {sys.executable}; install "
-                     "Python for all users")
+    raise SystemExit(f"hookd: {owner.pw_name} cannot run {sys.executable}; install Python for all")
 
 
 def read_ini(file: str) -> Ini:
+    """Read an ini; what cannot be read is a problem in it."""
     base, name = os.path.dirname(os.path.abspath(file)), os.path.basename(file)
     try:
         with open(file, encoding="utf-8-sig") as text:
             return Ini(name, base, text.read())
     except UnicodeDecodeError:
-        raise ConfigError(f"{file}: is not UTF-8 text; save it as UTF-8") from None
+        fault = "is not UTF-8 text; save it as UTF-8"
     except OSError as error:
-        remedy = "name the ini with -c FILE, or try it with sudo"
+        fault = f"cannot be read: {error}; name the ini with -c FILE, or try it with sudo"
         if "HOOKD_USER" in os.environ:  # root, before the verb became the owner of the state
-            remedy = f"as root: chgrp {os.getegid()} {file} && chmod 640 {file}"
-        raise ConfigError(f"{file}: cannot be read: {error}; {remedy}") from None
+            remedy = f"chgrp {os.getegid()} {file} && chmod 640 {file}"
+            fault = f"cannot be read: {error}; as root: {remedy}"
+    ini = Ini(name, base, "")
+    ini.problems.append(f"{file}: {fault}")
+    return ini
 
 
 def make_secret(path: str) -> None:
@@ -4044,20 +4015,18 @@ def read_keyring(config: Config, make: bool) -> Keyring:
         make_secret(default)
 
     def read(hook: Hook, key: str, given: tuple[str, ...]) -> tuple[str, ...]:
-        path = getattr(hook, key)
-        if not path or (path == default and not (used and os.path.exists(path))):
-            return given
-        try:
-            with open(path if path == default else secret_path(path), encoding="utf-8") as file:
-                found = given + lines(file.read())
-            if not found:
-                raise ValueError("it is empty")
-            return found
-        except (OSError, ValueError) as error:
-            level = config.level_of(hook, key) or "hookd"
-            problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); put it in "
-                            "a file that hookd may read")
-            return given
+        path, found = getattr(hook, key), given
+        if path and (path != default or (used and os.path.exists(path))):
+            try:
+                with open(path if path == default else secret_path(path), encoding="utf-8") as file:
+                    found += lines(file.read())
+                if not found:
+                    raise ValueError("it is empty")
+            except (OSError, ValueError) as error:
+                level = config.level_of(hook, key) or "hookd"
+                problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); put it "
+                                "in a file that hookd may read")
+        return found
 
     secrets, tokens = {}, {}
     for hook in (*config.hooks.values(), config.common):
@@ -4069,15 +4038,6 @@ def read_keyring(config: Config, make: bool) -> Keyring:
         raise ConfigError(*dict.fromkeys(problems))
     every = tuple(dict.fromkeys(word for words in secrets.values() for word in words))
     return Keyring(secrets, secrets["hookd"], every, tokens)
-
-
-def secrets_for(config: Config, hooks: Sequence[Hook], make: bool) -> tuple[bytes, ...]:
-    """Return the secrets of the first of a repository's hooks; without one, those of the daemon."""
-    keyring = read_keyring(config, make)
-    found = keyring.hooks[hooks[0].section] if hooks else keyring.common or keyring.every
-    if not found:
-        raise SystemExit("hookd: there is no secret yet; hookd makes it when it starts")
-    return found
 
 
 def load(file: str, state: str) -> tuple[Config, Keyring]:
@@ -4125,7 +4085,16 @@ def user_name() -> str:
         return str(os.geteuid())
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def place_name(repo: str, ref: str) -> str:
+    return " ".join(filter(None, [repo, short_name(ref)])) or "everything"
+
+
+def is_number(text: str) -> bool:
+    """Tell whether this is a run's number, not a commit."""
+    return text.isdigit() and len(text) < 10
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table, whole but on a terminal that is too narrow; nothing in it that one obeys."""
     cells = [head, *([escape("" if cell is None else str(cell)) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -4150,112 +4119,6 @@ def show(data: bytes, hidden: Sequence[str]) -> None:
     sys.stdout.buffer.flush()
 
 
-def hidden_of(setup: Setup) -> list[str]:
-    """Return what is shown as ***, also where the ini is broken; waits for no dead file system."""
-    # In a child: a process one of whose threads such a file system holds cannot even exit.
-    reader, writer = os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Python drops what a fork raises
-    child = os.fork()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    if not child:
-        try:
-            os.closerange(0, 3)
-            words = hidden_words(setup.ini.levels, setup.ini.base, setup.state)
-            os.write(writer, json.dumps(words).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, encoding="utf-8") as pipe:
-        ready = select.select([pipe], [], [], 2)[0]
-        return list(json.loads(pipe.read() or "[]")) if ready else []
-
-
-IS_BRANCH = "ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
-
-
-def find_hook(config: Config, options: "argparse.Namespace") -> tuple[Optional[Hook], Push]:
-    """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
-    branch = options.branch
-    refs = [branch] if branch.startswith("refs/") else [f"refs/{kind}/{branch}"
-                                                        for kind in ("heads", "tags")]
-    if not REPOSITORY.fullmatch(options.repo) or not REF.fullmatch(refs[0]):
-        raise SystemExit("hookd: REPO is written owner/repo, BRANCH as git knows it")
-    event = "push" if options.event == "delete" else options.event
-    push = Push(event or "push", options.repo, refs[0], "", pusher=user_name())
-    for hook in config.hooks_for(options.repo):
-        for ref in refs:
-            mine = push._replace(event=event or hook.event, ref=ref)
-            if hook.matches(mine) and config.hook_for(mine) is hook:
-                return hook, mine
-    return None, push
-
-
-def needed_hook(setup: Setup, options: "argparse.Namespace") -> tuple[Hook, Push]:
-    hook, push = find_hook(setup.config, options)
-    if hook is None:
-        raise SystemExit(f"hookd: {setup.config.name} has no hook for {options.repo} "
-                         f"{options.branch}; `hookd.py check` lists them")
-    return hook, push
-
-
-def place_name(repo: str, ref: str) -> str:
-    return " ".join(filter(None, [repo, short_name(ref)])) or "everything"
-
-
-def runs_of(options: "argparse.Namespace") -> tuple[str, list[str]]:
-    """Return the condition, and its values, of the runs of RUN or REPO BRANCH."""
-    if options.branch:
-        return f"r.repo = ? AND r.{IS_BRANCH}", [options.repo, *[options.branch] * 3]
-    if not options.repo.isdigit():
-        raise SystemExit("hookd: give a run's number, or REPO BRANCH; hookd.py status has both")
-    return "r.id = ?", [options.repo]
-
-
-def targets_of(setup: Setup, store: Store, options: "argparse.Namespace") -> list[dict[str, Any]]:
-    """Return the targets of REPO BRANCH, of REPO, or all, without those that are gone."""
-    repo, branch = options.repo, options.branch
-    ran = f"SELECT 1 FROM runs WHERE target = ? AND {IS_BRANCH}"  # tags share one target
-    return [row for row in listed(store.overview(), setup.maybe.hooks if setup.maybe else None)
-            if (not repo or row["repo"].lower() == repo.lower())
-            and (not branch or branch in (row["ref"], row["branch"])
-                 or store.value(ran, row["target"], *[branch] * 3))]
-
-
-def pauses(store: Store) -> list[str]:
-    rows = store.execute("SELECT repo, ref, why FROM pauses")
-    return [escape(f"paused: {place_name(repo, ref)}: {why}") for repo, ref, why in rows]
-
-
-def serve(setup: Setup, options: "argparse.Namespace") -> int:
-    """run the daemon (the default verb)"""
-    import ctypes
-    config = setup.config
-    os.closerange(3 + passed_count(), 1024)  # such as the lock of a run that started this hookd
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = CONNECTIONS_MAX + SPARE_FILES + JOB_FILES * config.jobs  # one for each connection
-    wanted = max(soft, wanted if hard < 0 else min(wanted, hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    make_state(config.state)
-    keyring = read_keyring(config, make=True)
-    lock = private(os.path.join(config.state, "locks", DAEMON_LOCK), os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = daemon_pid(config.state)
-        raise SystemExit(f"hookd: {config.state} is held by hookd {holder}; stop that one "
-                         "first") from None
-    os.ftruncate(lock, os.pwrite(lock, f"hookd {os.getpid()} log={config.log}\n".encode(), 0))
-    open_log(config.log)
-    with contextlib.suppress(OSError, AttributeError):  # another libc than glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, CHUNK // 2)  # M_MMAP_THRESHOLD, mallopt(3): else it grows with each block
-        libc.malloc_trim(0)  # what compiling took
-    return Daemon(config, keyring, partial(load, options.file, setup.state)).serve()
-
-
-# ---- what an ini names, as seen by the daemon
-
-
 def writable(path: str, root: str) -> str:
     """Return the fault and remedy of a directory that hookd cannot make or write, or ""."""
     above = missing = path
@@ -4268,7 +4131,7 @@ def writable(path: str, root: str) -> str:
     except KeyError:  # a container's user may have none
         user, group = str(os.geteuid()), str(os.getegid())
     home = re.match("/home/[^/]+", path)
-    if home and (not os.path.exists(root + home[0]) or not os.access(root + home[0], os.X_OK)):
+    if home and not os.access(root + home[0], os.X_OK):
         return (f"{user} cannot enter {home[0]}; as root: setfacl -m u:{user}:x {home[0]}, and "
                 "set ProtectHome=read-only and ReadWritePaths= with systemctl edit hookd")
     if not os.access(root + above, os.X_OK):
@@ -4285,7 +4148,7 @@ def writable(path: str, root: str) -> str:
 
 
 def fault_of(question: Callable[[], Any]) -> str:
-    """Return what a question that opens or asks something fails with, or nothing."""
+    """Return what a question that opens or asks something fails with, or ""."""
     try:
         question()
     except OSError as error:
@@ -4300,74 +4163,6 @@ def shell_fault(script: str) -> str:
     return f"sh cannot read it: {words[0]}" if done.returncode else ""
 
 
-def order_faults(config: Config, hook: Hook) -> Iterator[tuple[str, str]]:
-    """Yield key and fault of a hook beside those above it."""
-    hooks = list(config.hooks.values())
-    for other in hooks[: hooks.index(hook)]:
-        same = hook.directory_pattern == other.directory_pattern
-        if other.event == hook.event and other in config.hooks_for(hook.repo) and fnmatchcase(
-                hook.pattern, other.pattern):
-            yield "", f"can never match: [{other.section}] above takes all of it; move this one up"
-        elif same and hook.releases and other.releases:
-            yield "directory", (f"is that of [{other.section}] too, and releases need one each; "
-                                "set another directory")
-        elif same and hook.directory == f"{config.state}/{WORK}":
-            yield "directory", f"is that of [{other.section}] too; set directory in one of them"
-
-
-def hook_faults(hook: Hook, root: str, git: Callable[[], Any]) -> Iterator[tuple[str, str]]:
-    """Yield each key that names something, and its fault, if any."""
-    yield "directory", writable(re.sub(r"/[^/]*\{.*", "", hook.directory) or "/", root)
-    dot_git, key = os.path.join(hook.directory, ".git"), hook.deploy_key
-    if hook.git and os.path.exists(dot_git) and os.stat(dot_git).st_uid != os.geteuid():
-        yield "directory", f"git refuses another user's {hook.directory}; chown -R it"
-    if key and not os.access(key, os.R_OK):
-        yield "deploy_key", f"hookd finds no {key} to read; make it with ssh-keygen, or chown it"
-    elif key and os.stat(key).st_mode & 0o077:
-        yield "deploy_key", f"ssh refuses a key that others can read; chmod 600 {key}"
-    for name in SCRIPTS:
-        yield name, shell_fault(getattr(hook, name))
-    yield "environment_file", fault_of(partial(file_variables, hook))
-    if hook.git:
-        yield "git", fault_of(git)
-
-
-def daemon_faults(setup: Setup, pid: int, root: str) -> Iterator[tuple[str, str]]:
-    """Yield keys of [hookd] and their faults, if any, beside the hookd that serves this state."""
-    config, restart = setup.config, "differs from the running hookd's; systemctl restart hookd"
-    yield "tls_cert", fault_of(partial(tls_context, config))
-    lock = os.path.join(setup.state, "locks", DAEMON_LOCK)
-    with contextlib.suppress(OSError), open(lock) as file:
-        noted = re.search(r" log=(\w+)$", file.read())
-        if pid and noted and noted[1] != config.log:
-            yield "log", restart
-    if os.environ.get("MAINPID", str(pid)) != str(pid):
-        yield "state", restart
-    elif not config.listen.startswith("unix:") and not (
-            pid and config.listen == daemon_address(config)):
-        yield "listen", fault_of(lambda: open_socket(config.listen).close())
-    if config.page and not os.access(root + config.page, os.W_OK | os.X_OK):
-        yield "page", (f"{config.page} is no directory that hookd can write; as root: install -d "
-                       f"-o hookd -g hookd {config.page}")
-
-
-def faults(setup: Setup, online: bool) -> Iterator[tuple[str, str, str]]:
-    """Yield section, key and fault, if any, of all that an ini names; `online` asks remotes too."""
-    config, pid = setup.config, daemon_pid(setup.state)
-    root = f"/proc/{pid}/root" if pid and os.access(f"/proc/{pid}/root/", os.X_OK) else ""
-    keyring = read_keyring(config, make=False)
-    for key, fault in daemon_faults(setup, pid, root):
-        yield "hookd", key, fault
-    for section, hook in config.hooks.items():
-        repo = hook.repo if online and not hook.repo.endswith("*") else ""
-        git = partial(remote_refs, hook, repo, config.state) if repo else partial(
-            ask_git, ["--version"], base_environment(hook))
-        for key, fault in (*order_faults(config, hook), *hook_faults(hook, root, git)):
-            yield section, key, fault
-        token = keyring.tokens[section]
-        yield section, "report_api", token and check_token(hook.report_api, token, repo)
-
-
 def is_public(path: str) -> bool:
     """Tell whether every user can read a file, and enter the folders above it."""
     from pathlib import Path
@@ -4375,452 +4170,625 @@ def is_public(path: str) -> bool:
     return os.path.exists(path) and all(place.stat().st_mode & bit for place, bit in places)
 
 
-def doubts(setup: Setup) -> Iterator[tuple[str, str, str]]:
-    """Yield section, key and warning: what works, and is likely not meant."""
-    config = setup.config
-    status = f"/proc/{daemon_pid(setup.state) or 'self'}/status"
-    with contextlib.suppress(OSError), open(status) as file:
-        if "NoNewPrivs:\t1" in file.read():
-            for section, hook in config.hooks.items():
-                for key in SCRIPTS:
-                    if re.search(r"\bsudo\b", getattr(hook, key)):
-                        yield section, key, ("sudo cannot work under the unit's NoNewPrivileges=; "
-                                             "README has polkit")
-    given = [(level, key, text) for level, texts in config.levels.items()
-             for key, text in texts.items()
-             if key in (*SECRETS, "report_token", "report_token_file")]
-    for level, key, text in [*given, ("hookd", "secret_file", f"{config.state}/secret")]:
-        named = key.endswith("_file")
-        path = secret_path(os.path.join(config.base, text)) if named else setup.file
-        if is_public(path):
-            yield level, key, f"every user can read {path}; chmod o-r {path}"
+class Check:
+    """What `check` finds in what an ini names, by the eyes of the hookd that serves the state.
 
-
-def explain(setup: Setup, options: "argparse.Namespace") -> int:
-    """Print which hook takes REPO BRANCH, and each setting as it is for it; never a secret."""
-    hook, push = needed_hook(setup, options)
-    config, hidden, rows = setup.config, hidden_of(setup), []
-    shown = {key: fill(getattr(hook, key), push.repo, push.ref)
-             for key in ("directory", "git", "lock", "report_url")}
-    shown.update(
-        secret="***" if hook.secret else "", secret_file=hook.secret_file,
-        report_token="***" if hook.report_token else "",
-        environment=" ".join(f"{name}=***" for name, _ in hook.environment))
-    for key in HOOK_KEYS:
-        level = config.level_of(hook, key)
-        text = config.levels[level][key] if level else HOOK_KEYS[key].metadata["text"]
-        text = shown.get(key, text)
-        if key in SECRETS and not text:  # the two are one setting
-            level = ""
-        value = redact(" ".join(text.split()), hidden)
-        rows.append([key, value, f"[{level}]" if level else "default"])
-    print(escape(f"[{hook.section}] takes {push.ref}, whose slug is {slug(push.ref)}"))
-    table(["SETTING", "VALUE", "FROM"], rows)
-    return 0
-
-
-def check(setup: Setup, options: "argparse.Namespace") -> int:
-    """the ini and what it names: every problem, then a table of the hooks"""
-    if options.branch:
-        return explain(setup, options)
-    ini, hooks, hidden = setup.ini, setup.config.hooks.values(), hidden_of(setup)
-    for section, key, fault in faults(setup, options.online):
-        if fault:
-            ini.problem(section, key, fault)
-    for doubt in doubts(setup):
-        ini.problem(*doubt, warns=True)
-    for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
-        print(redact(line, hidden), file=sys.stderr)
-    table(["HOOK", "EVENT", "DIRECTORY"],
-          [[hook.section, hook.event, hook.directory] for hook in hooks])
-    return 78 if ini.problems else 0
-
-
-# ---- verbs that change something
-
-
-def full_commit(store: Store, hook: Hook, push: Push, text: str) -> str:
-    """Return the whole id of a commit: from the history, the clone, or as it is typed.
-
-    Not within a transaction: a clone on a dead file system would keep the daemon from writing.
+    Callers call `faults` and `doubts`, which yield section, key and what is wrong, "" if nothing.
     """
-    text = text.lower()
-    if COMMIT.fullmatch(text):
-        return text
-    if re.fullmatch("[0-9a-f]{4,63}", text):
-        sql = "SELECT DISTINCT commit_id FROM runs WHERE repo = ? AND substr(commit_id, 1, ?) = ?"
-        known = store.execute(sql, push.repo, len(text), text).fetchall()
-        if len(known) == 1:
-            return str(known[0][0])
-        clone = fill(hook.directory, push.repo, push.ref) + ("/repo" if hook.releases else "")
-        if hook.git and os.path.isdir(clone):
-            code, commit, _ = ask_git(["-C", clone, "rev-parse", "--verify", "-q",
-                                       f"{text}^{{commit}}"], base_environment(hook))
-            if not code:
-                return commit.strip()
-    raise SystemExit(f"hookd: {text!r} is no commit that hookd knows; give all 40 digits")
+
+    def __init__(self, config: Config, file: str, online: bool) -> None:
+        self.config, self.file, self.online = config, file, online
+        self.pid = daemon_pid(config.state)
+        root = f"/proc/{self.pid}/root"
+        self.root = root if self.pid and os.access(f"{root}/", os.X_OK) else ""
+
+    def faults(self) -> Iterator[tuple[str, str, str]]:
+        """Yield what does not work."""
+        for key, fault in self.of_daemon():
+            yield "hookd", key, fault
+        keyring = read_keyring(self.config, make=False)
+        for section, hook in self.config.hooks.items():
+            repo = hook.repo if self.online and not hook.repo.endswith("*") else ""
+            for key, fault in (*self.of_place(hook), *self.of_hook(hook)):
+                yield section, key, fault
+            if hook.git:
+                yield section, "git", fault_of(
+                    partial(remote_refs, hook, repo, self.config.state) if repo else
+                    partial(ask_git, ["--version"], base_environment(hook)))
+            token = keyring.tokens[section]
+            yield section, "report_api", token and check_token(hook.report_api, token, repo)
+
+    def of_daemon(self) -> Iterator[tuple[str, str]]:
+        config, restart = self.config, "differs from the running hookd's; systemctl restart hookd"
+        yield "tls_cert", fault_of(partial(tls_context, config))
+        with contextlib.suppress(OSError), open(f"{config.state}/locks/{DAEMON_LOCK}") as file:
+            noted = re.search(r" log=(\w+)$", file.read())
+            if self.pid and noted and noted[1] != config.log:
+                yield "log", restart
+        if os.environ.get("MAINPID", str(self.pid)) != str(self.pid):
+            yield "state", restart
+        elif not config.listen.startswith("unix:") and not (
+                self.pid and config.listen == daemon_address(config)):
+            yield "listen", fault_of(lambda: open_socket(config.listen).close())
+        if config.page and not os.access(self.root + config.page, os.W_OK | os.X_OK):
+            yield "page", (f"{config.page} is no directory that hookd can write; as root: install "
+                           f"-d -o hookd -g hookd {config.page}")
+
+    def of_place(self, hook: Hook) -> Iterator[tuple[str, str]]:
+        """Compare a hook with those above it."""
+        config, hooks = self.config, list(self.config.hooks.values())
+        for other in hooks[: hooks.index(hook)]:
+            same = hook.directory_pattern == other.directory_pattern
+            if other.event == hook.event and other in config.hooks_for(hook.repo) and fnmatchcase(
+                    hook.pattern, other.pattern):
+                yield "", f"can never match: [{other.section}] above takes all; move this one up"
+            elif same and (hook.directory == f"{config.state}/{WORK}"
+                           or (hook.releases and other.releases)):
+                yield "directory", (f"is that of [{other.section}] too; set directory in one of "
+                                    "them")
+
+    def of_hook(self, hook: Hook) -> Iterator[tuple[str, str]]:
+        """Try what a hook names."""
+        directory, key = re.sub(r"/[^/]*\{.*", "", hook.directory) or "/", hook.deploy_key
+        yield "directory", writable(directory, self.root)
+        if key and not os.access(key, os.R_OK):
+            yield "deploy_key", f"hookd cannot read {key}; make it with ssh-keygen, or chown it"
+        elif key and os.stat(key).st_mode & 0o077:
+            yield "deploy_key", f"ssh refuses a key that others can read; chmod 600 {key}"
+        for name in SCRIPTS:
+            yield name, shell_fault(getattr(hook, name))
+        yield "environment_file", fault_of(partial(file_variables, hook))
+
+    def doubts(self) -> Iterator[tuple[str, str, str]]:
+        """Yield what works, and is likely not meant."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid or 'self'}/status") as file:
+            fault = "sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
+            if "NoNewPrivs:\t1" in file.read():
+                yield from ((section, key, fault) for section, hook in self.config.hooks.items()
+                            for key in SCRIPTS if re.search(r"\bsudo\b", getattr(hook, key)))
+        given = [(level, key, text) for level, texts in self.config.levels.items()
+                 for key, text in texts.items()
+                 if key in (*SECRETS, "report_token", "report_token_file")]
+        for level, key, text in [*given, ("hookd", "secret_file", f"{self.config.state}/secret")]:
+            path = self.file
+            if key.endswith("_file"):
+                path = secret_path(os.path.join(self.config.base, text))
+            if is_public(path):
+                yield level, key, f"every user can read {path}; chmod o-r {path}"
 
 
-def watch(setup: Setup, number: int, following: bool) -> int:
-    """Print a run's output, with `following` until its end has come; return its exit status."""
-    store, hidden, shown, last, up_at = setup.store, hidden_of(setup), 0, b"\n", time.monotonic()
-    while True:
-        rows = store.runs("WHERE r.id = ?", number)
-        path = run_file(setup.state, number, "output.log")
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            file.seek(shown)
-            for data in iter(partial(file.readline, CHUNK), b""):
-                shown, last = shown + len(data), data[-1:]
-                show(data, hidden)
-        state = rows[0].state if rows else ""
-        newer = re.fullmatch("by run ([0-9]+)", rows[0].note) if state == "superseded" else None
-        if following and newer:
-            number, shown = int(newer[1]), 0
-            print(f"hookd: run {number} takes its place", file=sys.stderr)
-        elif not following or state not in ("queued", "running"):
-            break
-        elif daemon_pid(setup.state):
-            up_at = time.monotonic()
-        elif time.monotonic() > up_at + GRACE_SECONDS:
-            print("hookd: hookd is not running; the run goes on when it starts", file=sys.stderr)
+class Command:
+    """A command line: its options, the ini and the state; each verb is a method.
+
+    `maybe` is None where the ini is broken and the verb needs only the state.
+    """
+
+    def __init__(self, options: "argparse.Namespace", argv: Sequence[str]) -> None:
+        """Read the ini, become the owner of its state; raise ConfigError where it needs hooks."""
+        self.options, self.ini = options, read_ini(options.file)
+        self.state, self.maybe = self.ini.state(default_state()), None  # type: str, Optional[Config]
+        try:
+            self.maybe = self.ini.config(self.state)
+        except ConfigError:
+            if options.verb not in STATE_VERBS:
+                raise
+        known = os.path.isdir(self.state)
+        if options.verb in CHANGING and os.geteuid() == 0 and not known:
+            raise SystemExit(f"hookd: {self.state} does not exist yet; start hookd first: "
+                             "systemctl start hookd")
+        become_owner(self.state, argv)
+        if known and not os.access(self.state, os.R_OK | os.X_OK):
+            raise SystemExit(f"hookd: {self.state}: permission denied; try it with sudo")
+        for problem in dict.fromkeys(self.ini.problems):
+            print(problem, file=sys.stderr)
+
+    @property
+    def config(self) -> Config:
+        return self.maybe or self.ini.config(self.state)
+
+    @cached_property
+    def store(self) -> Store:
+        make_state(self.state)
+        return Store(self.state)
+
+    @cached_property
+    def hidden(self) -> list[str]:
+        """What is shown as ***, also where the ini is broken; waits for no dead file system."""
+        # In a child: a process one of whose threads such a file system holds cannot even exit.
+        reader, writer = os.pipe()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Python drops what a fork raises
+        child = os.fork()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if not child:
+            try:
+                os.closerange(0, 3)
+                words = hidden_words(self.ini.levels, self.ini.base, self.state)
+                os.write(writer, json.dumps(words).encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with open(reader, encoding="utf-8") as pipe:
+            ready = select.select([pipe], [], [], 2)[0]
+            return list(json.loads(pipe.read() or "[]")) if ready else []
+
+    def say(self, text: str) -> None:
+        """Print a line with strangers' text in it."""
+        print(escape(redact(text, self.hidden)), flush=True)
+
+    # ---- what REPO, BRANCH and RUN name
+
+    def find_hook(self) -> tuple[Optional[Hook], Push]:
+        """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
+        repo, branch, event = self.options.repo, self.options.branch, self.options.event
+        refs = [branch] if branch.startswith("refs/") else [f"refs/{kind}/{branch}"
+                                                            for kind in ("heads", "tags")]
+        if not REPOSITORY.fullmatch(repo) or not REF.fullmatch(refs[0]):
+            raise SystemExit("hookd: REPO is written owner/repo, BRANCH as git knows it")
+        event = "push" if event == "delete" else event
+        push = Push(event or "push", repo, refs[0], "", pusher=user_name())
+        for hook in self.config.hooks_for(repo):
+            for ref in refs:
+                mine = push._replace(event=event or hook.event, ref=ref)
+                if hook.matches(mine) and self.config.hook_for(mine) is hook:
+                    return hook, mine
+        return None, push
+
+    def needed_hook(self) -> tuple[Hook, Push]:
+        hook, push = self.find_hook()
+        if hook is None:
+            raise SystemExit(f"hookd: {self.ini.name} has no hook for {self.options.repo} "
+                             f"{self.options.branch}; `hookd.py check` lists them")
+        return hook, push
+
+    def hooks(self) -> list[Hook]:
+        """Return the hooks of REPO, which must have some; none without REPO."""
+        repo = self.options.repo
+        found = self.config.hooks_for(repo) if repo else []
+        if repo and not found:
+            raise SystemExit(f"hookd: {self.ini.name} has no hook for {repo}; `hookd.py check` "
+                             "lists them")
+        return found
+
+    def secrets(self, hooks: Sequence[Hook], make: bool) -> tuple[bytes, ...]:
+        """Return the secrets of the first hook; without one, those of the daemon."""
+        keyring = read_keyring(self.config, make)
+        found = keyring.hooks[hooks[0].section] if hooks else keyring.common or keyring.every
+        if not found:
+            raise SystemExit("hookd: there is no secret yet; hookd makes it when it starts")
+        return found
+
+    def runs(self, condition: str) -> list[Run]:
+        """Return the runs of RUN or REPO BRANCH, or all, that meet a condition of SQL."""
+        repo, branch = self.options.repo, self.options.branch
+        if branch:
+            where, words = f"r.repo = ? AND r.{IS_BRANCH}", [repo, branch, branch, branch]
+        elif repo and not repo.isdigit():
+            raise SystemExit("hookd: give the number of a run, or REPO BRANCH; `hookd.py status` "
+                             "has both")
+        else:
+            where, words = ("r.id = ?", [repo]) if repo else ("r.seq IS NOT NULL", [])
+        return self.store.runs(f"WHERE {where} {condition}", *words)
+
+    def targets(self) -> list[dict[str, Any]]:
+        """Return the targets of REPO BRANCH, of REPO, or all, without those that are gone."""
+        repo, branch = self.options.repo, self.options.branch
+        ran = f"SELECT 1 FROM runs WHERE target = ? AND {IS_BRANCH}"  # tags share one target
+        hooks = self.maybe.hooks if self.maybe else None
+        return [row for row in listed(self.store.overview(), hooks)
+                if (not repo or row["repo"].lower() == repo.lower())
+                and (not branch or branch in (row["ref"], row["branch"])
+                     or self.store.value(ran, row["target"], branch, branch, branch))]
+
+    def pause_place(self) -> tuple[str, str]:
+        """Return repository and ref of a pause, "" where any will do."""
+        repo, branch = self.options.repo or "", self.options.branch or ""
+        if branch and self.maybe:
+            return repo, self.find_hook()[1].ref
+        if repo and not REPOSITORY.fullmatch(repo):
+            raise SystemExit("hookd: REPO is written owner/repo")
+        return repo, f"refs/heads/{branch}" if branch and branch[:5] != "refs/" else branch
+
+    def pauses(self) -> list[str]:
+        rows = self.store.execute("SELECT repo, ref, why FROM pauses")
+        return [f"paused: {place_name(repo, ref)}: {why}" for repo, ref, why in rows]
+
+    def has_history(self) -> bool:
+        known = os.path.exists(f"{self.state}/hookd.db")
+        if not known:
+            print(f"hookd: nothing has run yet in {self.state}", file=sys.stderr)
+        return known
+
+    def full_commit(self, hook: Hook, push: Push, text: str) -> str:
+        """Return the whole id of a commit: from the history, the clone, or as it is typed.
+
+        Not within a transaction: a clone on a dead file system would keep the daemon from writing.
+        """
+        text = text.lower()
+        if COMMIT.fullmatch(text):
+            return text
+        if re.fullmatch("[0-9a-f]{4,63}", text):
+            sql = """SELECT DISTINCT commit_id FROM runs
+                WHERE repo = ? AND substr(commit_id, 1, ?) = ?"""
+            known = self.store.execute(sql, push.repo, len(text), text).fetchall()
+            if len(known) == 1:
+                return str(known[0][0])
+            clone = fill(hook.directory, push.repo, push.ref) + ("/repo" if hook.releases else "")
+            if hook.git and os.path.isdir(clone):
+                code, commit, _ = ask_git(["-C", clone, "rev-parse", "--verify", "-q",
+                                           f"{text}^{{commit}}"], base_environment(hook))
+                if not code:
+                    return commit.strip()
+        raise SystemExit(f"hookd: {text!r} is no commit that hookd knows; give all 40 digits")
+
+    # ---- following a run
+
+    def watch(self, number: int, following: bool) -> int:
+        """Print a run's output, and with `following` its end; return its exit status."""
+        shown, last, up_at = 0, b"\n", time.monotonic()
+        while True:
+            rows = self.store.runs("WHERE r.id = ?", number)
+            path = run_file(self.state, number, "output.log")
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                file.seek(shown)
+                for data in iter(partial(file.readline, CHUNK), b""):
+                    shown, last = shown + len(data), data[-1:]
+                    show(data, self.hidden)
+            state = rows[0].state if rows else ""
+            newer = re.fullmatch("by run ([0-9]+)", rows[0].note) if state == "superseded" else None
+            if following and newer:
+                number, shown = int(newer[1]), 0
+                print(f"hookd: run {number} takes its place", file=sys.stderr)
+            elif not following or state not in ("queued", "running"):
+                break
+            elif daemon_pid(self.state):
+                up_at = time.monotonic()
+            elif time.monotonic() > up_at + GRACE_SECONDS:
+                print("hookd: hookd is not running; the run goes on when it starts",
+                      file=sys.stderr)
+                return 1
+            time.sleep(0.1)
+        sql = "SELECT exit, duration FROM runs WHERE id = ?"
+        for code, seconds in self.store.execute(sql, number).fetchall() if following else ():
+            print("" if last == b"\n" else "\n", end="")
+            self.say(summary(rows[0], Outcome(state, code or 0, rows[0].note), seconds or 0.0))
+            return code or (0 if state == "ok" else 1)
+        return 1 if following else 0  # its row was forgotten
+
+    def follow(self, number: int) -> int:
+        """Follow a run that a verb queued: print its output and its end; return its exit status."""
+        up, run = wake_daemon(self.state), self.store.runs("WHERE r.id = ?", number)[0]
+        print(f"queued run {number}: {run.push}", flush=True)
+        if not up:
+            print("hookd: hookd is not running; the run begins when it starts", file=sys.stderr)
             return 1
-        time.sleep(0.1)
-    for code, seconds in store.execute("SELECT exit, duration FROM runs WHERE id = ?", number):
-        if following:
-            text = summary(rows[0], Outcome(state, code or 0, rows[0].note), seconds or 0.0)
-            print("" if last == b"\n" else "\n", escape(redact(text, hidden)), sep="")
-        return code or (0 if state == "ok" else 1)
-    return 1  # its row was forgotten
+        try:
+            return self.watch(number, True)
+        except KeyboardInterrupt:
+            print(f"\nhookd: run {number} goes on; hookd.py log -f {number} follows it",
+                  file=sys.stderr)
+            raise
 
+    # ---- verbs
 
-def follow(setup: Setup, number: int) -> int:
-    """Follow a run that a verb queued: print its output and its end; return its exit status."""
-    up = wake_daemon(setup.state)
-    print(f"queued run {number}: {setup.store.runs('WHERE r.id = ?', number)[0].push}", flush=True)
-    if not up:
-        print("hookd: hookd is not running; the run begins when it starts", file=sys.stderr)
-        return 1
-    try:
-        return watch(setup, number, True)
-    except KeyboardInterrupt:
-        line = f"\nhookd: run {number} goes on; hookd.py log -f {number} follows it"
-        print(line, file=sys.stderr)
-        raise
+    def serve(self) -> int:
+        """run the daemon (the default verb)"""
+        import ctypes
+        config = self.config
+        os.closerange(3 + passed_count(), 1024)  # such as the lock of a run that started this hookd
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = CONNECTIONS_MAX + SPARE_FILES + JOB_FILES * config.jobs  # one for each connection
+        wanted = max(soft, wanted if hard < 0 else min(wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        make_state(config.state)
+        keyring = read_keyring(config, make=True)
+        lock = private(os.path.join(config.state, "locks", DAEMON_LOCK), os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = daemon_pid(config.state)
+            raise SystemExit(f"hookd: {config.state} is held by hookd {holder}; stop that one "
+                             "first") from None
+        os.ftruncate(lock, os.pwrite(lock, f"hookd {os.getpid()} log={config.log}\n".encode(), 0))
+        open_log(config.log)
+        with contextlib.suppress(OSError, AttributeError):  # another libc than glibc
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, CHUNK // 2)  # M_MMAP_THRESHOLD, mallopt(3): else each block grows it
+            libc.malloc_trim(0)  # what compiling took
+        file = os.path.abspath(self.options.file)
+        return Daemon(config, keyring, partial(load, file, self.state)).serve()
 
+    def check(self) -> int:
+        """the ini and what it names: every problem, then a table of the hooks"""
+        if self.options.branch:
+            return self.explain()
+        ini, found = self.ini, Check(self.config, self.options.file, self.options.online)
+        for section, key, fault in found.faults():
+            if fault:
+                ini.problem(section, key, fault)
+        for doubt in found.doubts():
+            ini.problem(*doubt, warns=True)
+        for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
+            print(redact(line, self.hidden), file=sys.stderr)
+        table(["HOOK", "EVENT", "DIRECTORY"], (
+            [hook.section, hook.event, hook.directory] for hook in self.config.hooks.values()))
+        return 78 if ini.problems else 0
 
-def run(setup: Setup, options: "argparse.Namespace") -> int:
-    """deploy REPO BRANCH now"""
-    (hook, push), store = needed_hook(setup, options), setup.store
-    if hook.git and hook.is_pattern and not options.commit:
-        with contextlib.suppress(OSError):  # the run will say what is wrong
-            if push.ref not in remote_refs(hook, push.repo, setup.state, "--heads", "--tags"):
-                name = short_name(push.ref)
-                raise SystemExit(f"hookd: the remote has no {name}; nothing is queued")
-    push = push._replace(repo=store.spelling(push.repo))
-    goal = full_commit(store, hook, push, options.commit) if options.commit else ""
-    with store.transaction():
-        target = store.target(hook, push.repo, push.ref)
-        seen = store.seen(target, push.ref)
-        push = push._replace(commit=goal or ("" if hook.git else seen), before=seen)
-        number = store.add(target, push, "run", hook, payload=push_json(push),
-                           goal=goal if hook.git else "")
-        why = store.paused(number, by_verb=True)
-    if why is not None:
-        print(f"hookd: {push.place} is paused ({why}); a run by hand goes ahead", file=sys.stderr)
-    return follow(setup, number)
-
-
-def way_back(store: Store, target: Target, named: str) -> tuple[str, str, int]:
-    """Return where a rollback goes: commit, release, and the run that it restores.
-
-    From what does not work to what stands; else from what stands to the newest ok run of another
-    commit before the one that deployed it, where a rollback counts as the run that it restored.
-    """
-    if is_number(named):
-        row = store.execute(
-            """SELECT commit_id, CASE state WHEN 'ok' THEN release ELSE '' END,
-            CASE restores WHEN 0 THEN id ELSE restores END FROM runs
-            WHERE id = ? AND target = ? AND seq IS NOT NULL AND commit_id != ''""",
-            named, target.id).fetchone()
-        if not row:
-            raise SystemExit(f"hookd: run {named} deployed no commit that one could go back to")
-        return row[0], row[1], row[2]
-    good = [(restores or number, number, commit, release)  # without git, some know no commit
-            for number, commit, release, restores in store.good(target.id) if commit]
-    last = store.value("""SELECT state FROM runs WHERE target = ? AND seq IS NOT NULL
-        AND state != 'superseded' ORDER BY seq DESC LIMIT 1""", target.id)
-    if named:
-        good = [row for row in good if row[2] == named] or [(0, 0, named, "")]
-    elif last == "ok" and good:
-        origin, _, stands, _ = good[0]
-        good = [row for row in good if row[1] < origin and row[2] != stands]
-    if not good:
-        raise SystemExit("hookd: there is nothing to go back to: no other commit ended ok before")
-    origin, _, commit, release = good[0]
-    return commit, release, origin
-
-
-def is_number(text: str) -> bool:
-    """Tell whether this is a run's number, not a commit."""
-    return text.isdigit() and len(text) < 10
-
-
-def rollback(setup: Setup, options: "argparse.Namespace") -> int:
-    """go back to what worked, or to COMMIT or RUN; pauses the branch"""
-    (hook, push), store = needed_hook(setup, options), setup.store
-    repo, named = store.spelling(push.repo), options.goal or ""
-    sql = "SELECT 1 FROM runs WHERE id = ? AND repo = ?"
-    known = is_number(named) and store.value(sql, named, repo)
-    if named and not known:
-        named = full_commit(store, hook, push._replace(repo=repo), named)
-    with store.transaction():
-        target = store.target(hook, push.repo, push.ref)
-        busy = store.value("""SELECT id FROM runs INDEXED BY runs_open WHERE target = ?
-            AND state IN ('queued', 'running') AND cause = 'rollback'""", target.id)
-        if busy:
-            raise SystemExit(f"hookd: rollback run {busy} is not over yet; hookd.py log -f {busy}")
-        commit, release, restores = way_back(store, target, named)
-        stands = next((row[1] for row in store.good(target.id)), "")
-        subject = store.value("SELECT subject FROM runs WHERE id = ?", restores) or ""
-        push = push._replace(repo=repo, commit=commit, subject=subject, event=hook.event)
-        number = store.add(target, push, "rollback", hook, payload=push_json(push),
-                           goal=commit if hook.git else "", release=release, restores=restores)
-        why = f"rolled back to {commit[:7]} by {user_name()}"
-        store.pause((repo, push.ref), why, number, target.id)
-    moves = f"from {stands[:7] or 'nothing'}" if stands != commit else "back"
-    print(f"{moves} to {commit[:7]}; {push.place} is paused, `hookd.py resume "
-          f"{place_name(repo, push.ref)}` lets pushes deploy again", flush=True)
-    return follow(setup, number)
-
-
-def cancel(setup: Setup, options: "argparse.Namespace") -> int:
-    """end RUN, or what runs and waits for REPO BRANCH"""
-    (where, words), store, who = runs_of(options), setup.store, f"by {user_name()}"
-    with store.transaction():
-        rows = store.runs(f"WHERE {where} AND r.state IN ('queued', 'running')", *words)
-        for row in rows:
-            if row.state == "queued":
-                store.move(row.id, "cancelled", note=who)
-            else:
-                store.wish(row.id, who)
-    if not rows:
-        ended = "".join(f": run {row.id} has ended: {row.state}"
-                        for row in store.runs(f"WHERE {where}", *words) if not options.branch)
-        raise SystemExit(f"hookd: nothing to cancel{ended or ': nothing runs or waits there'}")
-    up = wake_daemon(setup.state)
-    state_of = partial(store.value, "SELECT state FROM runs WHERE id = ?")
-    for row in rows:
-        while up and state_of(row.id) == "running":
-            time.sleep(0.05)
-            up = daemon_pid(setup.state) > 0
-        state = state_of(row.id)
-        print(f"run {row.id} {state}: {row.push}" if state != "running" else
-              f"hookd: hookd is not running; run {row.id} is cancelled when it starts")
-    return 0
-
-
-def pause_place(setup: Setup, options: "argparse.Namespace") -> tuple[str, str]:
-    """Return repository and ref of a pause, "" where any will do."""
-    repo, branch = options.repo or "", options.branch or ""
-    if branch and setup.maybe:
-        return repo, find_hook(setup.maybe, options)[1].ref
-    if repo and not REPOSITORY.fullmatch(repo):
-        raise SystemExit("hookd: REPO is written owner/repo")
-    return repo, f"refs/heads/{branch}" if branch and branch[:5] != "refs/" else branch
-
-
-def pause(setup: Setup, options: "argparse.Namespace") -> int:
-    """hold back the runs of a branch, a repository, or all"""
-    store, place = setup.store, pause_place(setup, options)
-    if place[0] and setup.maybe and not setup.maybe.hooks_for(place[0]):
-        raise SystemExit(f"hookd: {setup.ini.name} has no hook for {place[0]}; `hookd.py check` "
-                         "lists them")
-    with store.transaction():
-        store.execute("DELETE FROM pauses WHERE repo = ? AND ref = ?", *place)
-        store.pause(place, options.why or f"by {user_name()}")
-    wake_daemon(setup.state)
-    print(f"paused {place_name(*place)}; `hookd.py resume` with the same words goes on")
-    return 0
-
-
-def resume(setup: Setup, options: "argparse.Namespace") -> int:
-    """lift the pause that was made with the same words"""
-    store, place = setup.store, pause_place(setup, options)
-    with store.transaction():
-        lifted = store.lift("repo = ? AND ref = ?", *place)
-        if lifted:
-            store.execute("INSERT INTO asks VALUES (?, ?)", *place)
-    for line in pauses(store):
-        print(f"still {line}", file=sys.stderr)
-    if not lifted:
-        raise SystemExit("hookd: no pause was made with these words")
-    wake_daemon(setup.state)
-    print(f"resumed {place_name(*place)}")
-    for row in targets_of(setup, store, options):
-        name = f"{row['repo']} {row['branch']}"
-        seen = store.value("SELECT commit_id FROM heads WHERE target = ? AND ref = ?",
-                           row["target"], row["ref"])
-        if seen and seen != row["last_good"] and not row["running"] and not row["waiting"]:
-            print(f"{name}: {seen[:7]} stays undeployed; `hookd.py run {name}` deploys the newest "
-                  "commit")
-    return 0
-
-
-def post(config: Config, body: bytes, headers: Mapping[str, str]) -> tuple[int, str]:
-    """POST to the running daemon, at the address that it noted; return status and text."""
-    from http.client import HTTPConnection, HTTPException
-    where, link = daemon_address(config), HTTPConnection("localhost")
-    try:
-        if where.startswith("unix:"):
-            link.sock = socket.socket(socket.AF_UNIX)
-            link.sock.settimeout(REQUEST_SECONDS)
-            link.sock.connect(where[5:])
-            headers = {**headers, "X-Forwarded-For": "127.0.0.1"}  # for allow_from
-        else:  # 0.0.0.0 and :: lead to this machine
-            host, _, port = where.rpartition(":")
-            link.sock = socket.create_connection((host.strip("[]"), int(port)), REQUEST_SECONDS)
-        if config.tls_cert:
-            import ssl
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # it is ourselves
-            link.sock = context.wrap_socket(link.sock)
-        link.request("POST", config.path, body, headers)
-        answer = link.getresponse()
-        return answer.status, answer.read().decode().strip()
-    except (OSError, HTTPException, ValueError) as error:
-        raise SystemExit(f"hookd: no answer on {where} ({error}); is hookd running?") from None
-
-
-def send(setup: Setup, options: "argparse.Namespace") -> int:
-    """a signed push to the running daemon, as GitHub would send it"""
-    import uuid
-    config, deleted = setup.config, options.event == "delete"
-    hook, push = find_hook(config, options)
-    commit = "" if deleted else options.commit or os.urandom(20).hex()
-    secret = secrets_for(config, [hook] if hook else config.hooks_for(options.repo), make=False)[0]
-    body, delivery = push_json(push._replace(commit=commit, deleted=deleted)), str(uuid.uuid4())
-    status, text = post(config, body, {
-        "Content-Type": JSON, "X-GitHub-Delivery": delivery,
-        "X-GitHub-Event": options.event if options.event == "ping" else push.event,
-        "X-Hub-Signature-256": f"sha256={hmac.digest(secret, body, 'sha256').hex()}"})
-    print(text, flush=True)
-    if options.commit and hook and hook.git and push.event == "push" and not deleted:
-        print("hookd: with git, the newest commit of the branch is deployed; hookd.py run --commit "
-              "deploys a certain one", file=sys.stderr)
-    if options.wait and (status == 202 or config.quiet):
-        for row in setup.store.runs("WHERE r.delivery = ?", delivery):
-            return watch(setup, row.id, True)
-    return 0 if status == 202 or text == "ok" or text.startswith("pong") else 1
-
-
-# ---- verbs that look
-
-
-def has_history(state: str) -> bool:
-    """Tell, a person too, whether hookd ever ran here; raise PermissionError if we may not know."""
-    with contextlib.suppress(FileNotFoundError):
-        if "hookd.db" in os.listdir(state):
-            return True
-    print(f"hookd: nothing has run yet in {state}", file=sys.stderr)
-    return False
-
-
-def facts_row(head: Sequence[Any], facts: Facts, at: Optional[float], end: str) -> list[Any]:
-    """Return a row of a table that `status` prints, of a target or of a run."""
-    took = "" if facts["duration"] is None else f"{facts['duration']:.1f}s"
-    return [*head, (facts["commit"] or "")[:7], facts["pusher"], facts["subject"],
-            ago(at, time.time()) if at else "", took, end]
-
-
-def doing(store: Store, target: Facts) -> str:
-    """Say what runs, what waits and why."""
-    running, waiting, paused = target["running"], target["waiting"], target["paused"]
-    words = []
-    if running:
-        began = store.value("SELECT began FROM runs WHERE id = ?", running)
-        words += [f"run {running} runs since {time.time() - began:.0f} s", store.why(running)]
-    if waiting:
-        more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
-        words.append(f"run {waiting[0]}{more} waits: {store.why(waiting[0])}".rstrip(": "))
-    elif paused is not None:
-        words.append(f"paused: {paused}".rstrip(": "))
-    return ", ".join(filter(None, words))
-
-
-def show_status(setup: Setup, options: "argparse.Namespace") -> int:
-    """each target: last run, when, by whom, what waits and why; with REPO BRANCH its runs"""
-    pid, hidden, store = daemon_pid(setup.state), hidden_of(setup), Store(setup.state)
-    known = has_history(setup.state)
-    rows = targets_of(setup, store, options) if known else []
-    targets = [clean(row, TARGET_FACTS, hidden) for row in rows]
-    runs = [clean(facts, RUN_FACTS, hidden) for row in rows if options.branch
-            for facts in history(store, row["target"])]
-    if options.repo and known and not rows:
-        name = escape(place_name(options.repo, options.branch or ""))
-        print(f"hookd: nothing has run for {name}", file=sys.stderr)
-    if options.json:
-        print(json.dumps(runs if options.branch else targets, indent=1))
-    elif options.branch:
-        table(["RUN", "STATE", "CAUSE", "COMMIT", "BY", "SUBJECT", "QUEUED", "TOOK", "NOTE"],
-              [facts_row([run["run"], run["state"], run["cause"]], run, run["queued"], run["note"])
-               for run in runs])
-    else:
-        table(["TARGET", "RUN", "STATE", "COMMIT", "BY", "SUBJECT", "ENDED", "TOOK", "NOW"],
-              [facts_row([f"{row['repo']} {row['branch']}", row["run"] or "-", row["state"] or "-"],
-                         row, row["ended"], redact(doing(store, row), hidden)) for row in targets])
-        for line in pauses(store) if known else ():
-            print(redact(line, hidden))
-    if not options.json:
-        print(f"hookd is running, pid {pid}" if pid else "hookd is not running")
-    return 1 if not pid or any(row["state"] not in (None, "ok") for row in rows) else 0
-
-
-def show_log(setup: Setup, options: "argparse.Namespace") -> int:
-    """a run's output, by RUN or REPO BRANCH; the newest run's without"""
-    where, words = runs_of(options) if options.repo else ("r.seq IS NOT NULL", [])
-    if not has_history(setup.state):
-        return 1
-    newest = f"WHERE {where} ORDER BY r.seq DESC, r.id DESC LIMIT 1"
-    for row in Store(setup.state).runs(newest, *words):
-        note = f" ({row.note})" if row.note else ""
-        text = redact(f"hookd: run {row.id} {row.state}{note}: {row.push}", hidden_of(setup))
-        print(escape(text), file=sys.stderr)
-        watch(setup, row.id, options.follow)
+    def explain(self) -> int:
+        """Print which hook takes REPO BRANCH, and each setting as it is for it; never a secret."""
+        (hook, push), rows = self.needed_hook(), []
+        shown = {key: fill(getattr(hook, key), push.repo, push.ref)
+                 for key in ("directory", "git", "lock", "report_url")}
+        shown.update(
+            secret="***" if hook.secret else "", secret_file=hook.secret_file,
+            report_token="***" if hook.report_token else "",
+            environment=" ".join(f"{name}=***" for name, _ in hook.environment))
+        for key in HOOK_KEYS:
+            level = self.config.level_of(hook, key)
+            given = self.config.levels[level][key] if level else HOOK_KEYS[key].metadata["text"]
+            text = shown.get(key, given)
+            if key in SECRETS and not text:  # the two are one setting
+                level = ""
+            value = redact(" ".join(text.split()), self.hidden)
+            rows.append([key, value, f"[{level}]" if level else "default"])
+        print(f"[{hook.section}] takes {escape(push.ref)}, whose slug is {slug(push.ref)}")
+        table(["SETTING", "VALUE", "FROM"], rows)
         return 0
-    raise SystemExit("hookd: no such run; hookd.py status lists them")
+
+    def run(self) -> int:
+        """deploy REPO BRANCH now"""
+        (hook, push), store, commit = self.needed_hook(), self.store, self.options.commit
+        if hook.git and hook.is_pattern and not commit:
+            with contextlib.suppress(OSError):  # the run will say what is wrong
+                if push.ref not in remote_refs(hook, push.repo, self.state, "--heads", "--tags"):
+                    raise SystemExit(f"hookd: the remote has no {short_name(push.ref)}; nothing is "
+                                     "queued")
+        push = push._replace(repo=store.spelling(push.repo))
+        goal = self.full_commit(hook, push, commit) if commit else ""
+        with store.transaction():
+            target = store.target(hook, push.repo, push.ref)
+            seen = store.seen(target, push.ref)
+            push = push._replace(commit=goal or ("" if hook.git else seen), before=seen)
+            number = store.add(target, push, "run", hook, payload=push_json(push),
+                               goal=goal if hook.git else "")
+            why = store.paused(number, by_verb=True)
+        if why is not None:
+            print(f"hookd: {push.place} is paused ({why}); a run by hand goes ahead",
+                  file=sys.stderr)
+        return self.follow(number)
+
+    def way_back(self, target: Target, named: str) -> tuple[str, str, int]:
+        """Return where a rollback goes: commit, release, and the run that it restores.
+
+        From what does not work to what stands; else from what stands to the newest ok run of
+        another commit before the one that deployed it, where a rollback counts as the run that it
+        restored.
+        """
+        store = self.store
+        if is_number(named):
+            sql = """SELECT commit_id, CASE state WHEN 'ok' THEN release ELSE '' END,
+                CASE restores WHEN 0 THEN id ELSE restores END FROM runs
+                WHERE id = ? AND target = ? AND seq IS NOT NULL AND commit_id != ''"""
+            for commit, release, origin in store.execute(sql, named, target.id):
+                return commit, release, origin
+            raise SystemExit(f"hookd: run {named} deployed no commit that one could go back to")
+        good = [(restores or number, number, commit, release)  # without git, some know no commit
+                for number, commit, release, restores in store.good(target.id) if commit]
+        last = store.value("""SELECT state FROM runs WHERE target = ? AND seq IS NOT NULL
+            AND state != 'superseded' ORDER BY seq DESC LIMIT 1""", target.id)
+        if named:
+            good = [row for row in good if row[2] == named] or [(0, 0, named, "")]
+        elif last == "ok" and good:
+            origin, _, stands, _ = good[0]
+            good = [row for row in good if row[1] < origin and row[2] != stands]
+        if not good:
+            raise SystemExit("hookd: there is nothing to go back to: no other commit was ok before")
+        origin, _, commit, release = good[0]
+        return commit, release, origin
+
+    def rollback(self) -> int:
+        """go back to what worked, or to COMMIT or RUN; pauses the branch"""
+        (hook, push), store, named = self.needed_hook(), self.store, self.options.goal or ""
+        push = push._replace(repo=store.spelling(push.repo), event=hook.event)
+        known = "SELECT 1 FROM runs WHERE id = ? AND repo = ?"
+        if named and not (is_number(named) and store.value(known, named, push.repo)):
+            named = self.full_commit(hook, push, named)
+        with store.transaction():
+            target = store.target(hook, push.repo, push.ref)
+            busy = store.value("""SELECT id FROM runs INDEXED BY runs_open WHERE target = ?
+                AND state IN ('queued', 'running') AND cause = 'rollback'""", target.id)
+            if busy:
+                raise SystemExit(f"hookd: rollback run {busy} is not over; hookd.py log -f {busy}")
+            commit, release, restores = self.way_back(target, named)
+            stands = next((row[1] for row in store.good(target.id)), "")
+            subject = store.value("SELECT subject FROM runs WHERE id = ?", restores) or ""
+            push = push._replace(commit=commit, subject=subject)
+            number = store.add(target, push, "rollback", hook, payload=push_json(push),
+                               goal=commit if hook.git else "", release=release, restores=restores)
+            why = f"rolled back to {commit[:7]} by {user_name()}"
+            store.pause((push.repo, push.ref), why, number, target.id)
+        moves = f"from {stands[:7] or 'nothing'}" if stands != commit else "back"
+        print(f"{moves} to {commit[:7]}; {push.place} is paused, `hookd.py resume "
+              f"{place_name(push.repo, push.ref)}` lets pushes deploy again", flush=True)
+        return self.follow(number)
+
+    def cancel(self) -> int:
+        """end RUN, or what runs and waits for REPO BRANCH"""
+        store, who = self.store, f"by {user_name()}"
+        with store.transaction():
+            rows = self.runs("AND r.state IN ('queued', 'running')")
+            for row in rows:
+                if row.state == "queued":
+                    store.move(row.id, "cancelled", note=who)
+                else:
+                    store.wish(row.id, who)
+        if not rows:
+            named = [] if self.options.branch else self.runs("")
+            ended = "".join(f"run {row.id} has ended: {row.state}" for row in named)
+            raise SystemExit(f"hookd: nothing to cancel: {ended or 'nothing runs or waits there'}")
+        up, state_of = wake_daemon(self.state), "SELECT state FROM runs WHERE id = ?"
+        for row in rows:
+            while up and store.value(state_of, row.id) == "running":
+                time.sleep(0.05)
+                up = daemon_pid(self.state) > 0
+            state = store.value(state_of, row.id)
+            print(f"run {row.id} {state}: {row.push}" if state != "running" else
+                  f"hookd: hookd is not running; run {row.id} is cancelled when it starts")
+        return 0
+
+    def pause(self) -> int:
+        """hold back the runs of a branch, a repository, or all"""
+        place, store = self.pause_place(), self.store
+        if self.maybe:
+            self.hooks()
+        with store.transaction():
+            store.execute("DELETE FROM pauses WHERE repo = ? AND ref = ?", *place)
+            store.pause(place, self.options.why or f"by {user_name()}")
+        wake_daemon(self.state)
+        print(f"paused {place_name(*place)}; `hookd.py resume` with the same words goes on")
+        return 0
+
+    def resume(self) -> int:
+        """lift the pause that was made with the same words"""
+        place, store = self.pause_place(), self.store
+        with store.transaction():
+            lifted = store.lift("repo = ? AND ref = ?", *place)
+            if lifted:
+                store.execute("INSERT INTO asks VALUES (?, ?)", *place)
+        for line in self.pauses():
+            self.say(f"still {line}")
+        if not lifted:
+            raise SystemExit("hookd: no pause was made with these words")
+        wake_daemon(self.state)
+        print(f"resumed {place_name(*place)}")
+        for row in self.targets():
+            name = f"{row['repo']} {row['branch']}"
+            seen = store.value("SELECT commit_id FROM heads WHERE target = ? AND ref = ?",
+                               row["target"], row["ref"])
+            if seen and seen != row["last_good"] and not row["running"] and not row["waiting"]:
+                self.say(f"{name}: {seen[:7]} stays undeployed; `hookd.py run {name}` deploys the "
+                         "newest commit")
+        return 0
+
+    def send(self) -> int:
+        """a signed push to the running daemon, as GitHub would send it"""
+        import uuid
+        options, (hook, push), delivery = self.options, self.find_hook(), str(uuid.uuid4())
+        deleted = options.event == "delete"
+        commit = "" if deleted else options.commit or os.urandom(20).hex()
+        hooks = [hook] if hook else self.config.hooks_for(push.repo)
+        body = push_json(push._replace(commit=commit, deleted=deleted))
+        digest = hmac.digest(self.secrets(hooks, make=False)[0], body, "sha256").hex()
+        status, text = self.post(body, {
+            "Content-Type": JSON, "X-GitHub-Delivery": delivery,
+            "X-GitHub-Event": "ping" if options.event == "ping" else push.event,
+            "X-Hub-Signature-256": f"sha256={digest}"})
+        print(text, flush=True)
+        if options.commit and hook and hook.git and push.event == "push" and not deleted:
+            print("hookd: with git, the newest commit of the branch is deployed; hookd.py run "
+                  "--commit deploys a certain one", file=sys.stderr)
+        if options.wait and (status == 202 or self.config.quiet):
+            for row in self.store.runs("WHERE r.delivery = ?", delivery):
+                return self.watch(row.id, True)
+        return 0 if status == 202 or text == "ok" or text.startswith("pong") else 1
+
+    def post(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, str]:
+        """POST to the running daemon, at the address that it noted; return status and text."""
+        from http.client import HTTPConnection, HTTPException
+        where, link = daemon_address(self.config), HTTPConnection("localhost")
+        try:
+            if where.startswith("unix:"):
+                link.sock = socket.socket(socket.AF_UNIX)
+                link.sock.settimeout(REQUEST_SECONDS)
+                link.sock.connect(where[5:])
+                headers = {**headers, "X-Forwarded-For": "127.0.0.1"}  # for allow_from
+            else:  # 0.0.0.0 and :: lead to this machine
+                host, _, port = where.rpartition(":")
+                link.sock = socket.create_connection((host.strip("[]"), int(port)), REQUEST_SECONDS)
+            if self.config.tls_cert:
+                import ssl
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.check_hostname = False  # it is ourselves
+                context.verify_mode = ssl.CERT_NONE
+                link.sock = context.wrap_socket(link.sock)
+            link.request("POST", self.config.path, body, headers)
+            answer = link.getresponse()
+            return answer.status, answer.read().decode().strip()
+        except (OSError, HTTPException, ValueError) as error:
+            raise SystemExit(f"hookd: no answer on {where} ({error}); is hookd running?") from None
+
+    def status(self) -> int:
+        """each target: last run, when, by whom, what waits and why; with REPO BRANCH its runs"""
+        options, pid, known = self.options, daemon_pid(self.state), self.has_history()
+        rows = self.targets() if known else []
+        found = [clean(row, TARGET_FACTS, self.hidden) for row in rows]
+        if options.branch:
+            found = [clean(facts, RUN_FACTS, self.hidden) for row in rows
+                     for facts in history(self.store, row["target"])]
+        if options.repo and known and not rows:
+            name = escape(f"{options.repo} {options.branch or ''}")
+            print(f"hookd: nothing has run for {name}", file=sys.stderr)
+        if options.json:
+            print(json.dumps(found, indent=1))
+        else:
+            head = ["RUN", "STATE", "CAUSE", "COMMIT", "BY", "SUBJECT", "QUEUED", "TOOK", "NOTE"]
+            if not options.branch:
+                head = ["TARGET", "RUN", "STATE", *head[3:6], "ENDED", "TOOK", "NOW"]
+            table(head, map(self.row, found))
+            for line in self.pauses() if known and not options.branch else ():
+                self.say(line)
+            print(f"hookd is running, pid {pid}" if pid else "hookd is not running")
+        return 1 if not pid or any(row["state"] not in (None, "ok") for row in rows) else 0
+
+    def row(self, facts: Facts) -> list[Any]:
+        """Return the row of a target or of a run in the table that `status` prints."""
+        took = "" if facts["duration"] is None else f"{facts['duration']:.1f}s"
+        last = [(facts["commit"] or "")[:7], facts["pusher"], facts["subject"]]
+        if "note" in facts:
+            head = [facts["run"], facts["state"], facts["cause"]]
+            return [*head, *last, ago(facts["queued"], time.time()), took, facts["note"]]
+        head = [f"{facts['repo']} {facts['branch']}", facts["run"] or "-", facts["state"] or "-"]
+        ended = ago(facts["ended"], time.time()) if facts["ended"] else ""
+        return [*head, *last, ended, took, redact(self.doing(facts), self.hidden)]
+
+    def doing(self, target: Facts) -> str:
+        """Say what runs, what waits and why."""
+        store, words = self.store, []
+        running, waiting, paused = target["running"], target["waiting"], target["paused"]
+        if running:
+            began = store.value("SELECT began FROM runs WHERE id = ?", running)
+            words += [f"run {running} runs since {time.time() - began:.0f} s", store.why(running)]
+        if waiting:
+            more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+            words.append(f"run {waiting[0]}{more} waits: {store.why(waiting[0])}".rstrip(": "))
+        elif paused is not None:
+            words.append(f"paused: {paused}".rstrip(": "))
+        return ", ".join(filter(None, words))
+
+    def log(self) -> int:
+        """a run's output, by RUN or REPO BRANCH; the newest run's without"""
+        if not self.has_history():
+            return 1
+        for row in self.runs("ORDER BY r.seq DESC, r.id DESC LIMIT 1"):
+            note = f" ({row.note})" if row.note else ""
+            text = redact(f"hookd: run {row.id} {row.state}{note}: {row.push}", self.hidden)
+            print(escape(text), file=sys.stderr)
+            self.watch(row.id, self.options.follow)
+            return 0
+        raise SystemExit("hookd: no such run; `hookd.py status` lists them")
+
+    def secret(self) -> int:
+        """the secret to paste into GitHub, made if there is none"""
+        make_state(self.state)
+        print("\n".join(secret.decode() for secret in self.secrets(self.hooks(), make=True)))
+        return 0
 
 
-def show_secret(setup: Setup, options: "argparse.Namespace") -> int:
-    """the secret to paste into GitHub, made if there is none"""
-    make_state(setup.state)
-    hooks = setup.config.hooks_for(options.repo) if options.repo else []
-    if options.repo and not hooks:
-        raise SystemExit(f"hookd: {setup.ini.name} has no hook for {options.repo}")
-    print("\n".join(secret.decode() for secret in secrets_for(setup.config, hooks, make=True)))
-    return 0
-
-
-class Verb(NamedTuple):
-    """What does a verb, whose docstring --help shows, its arguments, and what it needs."""
-
-    function: Callable[[Setup, "argparse.Namespace"], int]
-    arguments: str = ""
-    hooks: bool = True  # else the state is enough: it serves with a broken ini too
-    changes: bool = False
-
-
-VERBS = {
-    "serve": Verb(serve),
-    "check": Verb(check, "[REPO] [BRANCH] --online"),
-    "run": Verb(run, "REPO BRANCH --commit", changes=True),
-    "rollback": Verb(rollback, "REPO BRANCH [COMMIT|RUN]", changes=True),
-    "cancel": Verb(cancel, "RUN|REPO [BRANCH]", hooks=False, changes=True),
-    "pause": Verb(pause, "[REPO] [BRANCH] -m", hooks=False, changes=True),
-    "resume": Verb(resume, "[REPO] [BRANCH]", hooks=False, changes=True),
-    "send": Verb(send, "REPO BRANCH --event --commit --wait"),
-    "status": Verb(show_status, "[REPO] [BRANCH] --json", hooks=False),
-    "log": Verb(show_log, "[RUN|REPO] [BRANCH] -f", hooks=False),
-    "secret": Verb(show_secret, "[REPO]", changes=True)}
+VERBS = {  # their docstrings are what --help says
+    "serve": "", "check": "[REPO] [BRANCH] --online", "run": "REPO BRANCH --commit",
+    "rollback": "REPO BRANCH [COMMIT|RUN]", "cancel": "RUN|REPO [BRANCH]",
+    "pause": "[REPO] [BRANCH] -m", "resume": "[REPO] [BRANCH]",
+    "send": "REPO BRANCH --event --commit --wait", "status": "[REPO] [BRANCH] --json",
+    "log": "[RUN|REPO] [BRANCH] -f", "secret": "[REPO]"}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "REPO": {"dest": "repo", "help": "owner/repo"},
     "RUN|REPO": {"dest": "repo", "help": "a run's number, or owner/repo"},
@@ -4834,6 +4802,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "for programs"},
     "--online": {"action": "store_true", "help": "also ask each git remote"},
     "--wait": {"action": "store_true", "help": "follow the run; exit with its status"}}
+
+
 def arguments(argv: Sequence[str]) -> "argparse.Namespace":
     """Parse a command line; usage errors exit 2."""
     import argparse
@@ -4841,14 +4811,14 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hookd.ini")
     top.add_argument("-c", metavar="FILE", dest="file", default=beside,
                      help="the ini; hookd.ini beside hookd.py unless given")
-    version = f"hookd {VERSION}, for Python 3.9 or later"
-    top.add_argument("--version", action="version", version=version)
+    top.add_argument("--version", action="version",
+                     version=f"hookd {VERSION}, for Python 3.9 or later")
     parsers = top.add_subparsers(metavar="VERB", dest="verb")
     top.set_defaults(verb="serve", event="")
-    for name, verb in VERBS.items():
-        words = verb.function.__doc__
-        parser = parsers.add_parser(name, help=words, description=words)
-        for word in verb.arguments.split():
+    for verb, words in VERBS.items():
+        about = getattr(Command, verb).__doc__
+        parser = parsers.add_parser(verb, help=about, description=about)
+        for word in words.split():
             name = word.strip("[]")
             if name.startswith("-"):
                 parser.add_argument(name, **ARGUMENTS[name])
@@ -4856,45 +4826,19 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
                 optional = "?" if name != word else None
                 parser.add_argument(metavar=name, nargs=optional, **ARGUMENTS[name])
     options = top.parse_args(argv)
-    words = "".join(word for word in vars(options).values() if isinstance(word, str))
-    if re.search("[\ud800-\udfff]", words.replace(options.file, "")):
+    typed = "".join(word for word in vars(options).values() if isinstance(word, str))
+    if re.search("[\ud800-\udfff]", typed.replace(options.file, "")):
         top.error("its words are no UTF-8 text")
     if options.verb == "check" and options.repo and not options.branch:
         top.error("check takes REPO and BRANCH, or neither")
     return options
 
 
-def prepare(options: "argparse.Namespace", argv: Sequence[str]) -> Setup:
-    """Read the ini, become the owner of its state; raise ConfigError where the verb needs hooks."""
-    verb, config = VERBS[options.verb], None
-    try:
-        ini = read_ini(options.file)
-    except ConfigError as error:
-        if verb.hooks:
-            raise
-        ini = Ini(os.path.basename(options.file), "/", "")
-        ini.problems += error.problems
-    state = ini.state(default_state())
-    if verb.changes and os.geteuid() == 0 and not os.path.isdir(state):
-        remedy = "start hookd first: systemctl start hookd"
-        raise SystemExit(f"hookd: {state} does not exist yet; {remedy}")
-    become_owner(state, argv)
-    if os.path.isdir(state) and not os.access(state, os.R_OK | os.X_OK):
-        raise SystemExit(f"hookd: {state}: permission denied; try it with sudo")
-    try:
-        config = ini.config(state)
-    except ConfigError as error:
-        if verb.hooks:
-            raise
-        print("\n".join(error.problems), file=sys.stderr)
-    return Setup(os.path.abspath(options.file), ini, state, config)
-
-
 def main(argv: Sequence[str]) -> int:
     """Do what a command line asks; return the exit status."""
     options = arguments(argv)
     try:
-        return VERBS[options.verb].function(prepare(options, argv), options)
+        return int(getattr(Command(options, argv), options.verb)())
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 78
