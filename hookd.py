@@ -1018,6 +1018,8 @@ class Store:
             fault = f"is of a newer hookd (user_version {version}); use that one"
         if version > SCHEMA_VERSION or (version and not self.serves):
             raise ConfigError(f"{self.path}: {fault}")
+        os.makedirs(f"{self.state}/runs", 0o700, exist_ok=True)
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # for `prune`
         # After a database that was moved away, no run gets the number of another.
         numbers = [int(name) for name in os.listdir(f"{self.state}/runs") if name.isdigit()]
         script = (f"{SCHEMA} INSERT INTO sqlite_sequence VALUES ('runs', "
@@ -1032,6 +1034,7 @@ class Store:
         db.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
         if version:
             db.execute("DETACH old")
+            db.execute("VACUUM")  # auto_vacuum takes effect
             log.info("the database is up to date now; the old one is kept: %s", kept)
 
     def look(self) -> list[os.stat_result]:
@@ -1315,6 +1318,8 @@ class Store:
                 WHERE o.owed = 0 AND o.release = '' AND o.id NOT IN (SELECT g.id
                 {STANDS.format("o.target")} LIMIT 1)""", target, target, keep)
         self.connect().executemany("DELETE FROM runs WHERE id = ?", gone)
+        if self.value("PRAGMA freelist_count") > 256:  # pages; the disk gets some back
+            self.execute("PRAGMA incremental_vacuum(256)").fetchall()
         return [run for (run,) in gone]
 
     def good(self, target: int) -> list[tuple[int, str, str, int]]:
