@@ -4020,6 +4020,7 @@ def read_keyring(config: Config, make: bool) -> Keyring:
         make_secret(default)
 
     def read(hook: Hook, key: str, given: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what is given, and the lines of the file that a hook's key names."""
         path, found = getattr(hook, key), given
         if path and (path != default or (used and os.path.exists(path))):
             try:
@@ -4204,6 +4205,7 @@ class Check:
             yield section, "report_api", token and check_token(hook.report_api, token, repo)
 
     def of_daemon(self) -> Iterator[tuple[str, str]]:
+        """Try what [hookd] names, and compare it with the hookd that runs."""
         config, restart = self.config, "differs from the running hookd's; systemctl restart hookd"
         yield "tls_cert", fault_of(partial(tls_context, config))
         with contextlib.suppress(OSError), open(f"{config.state}/locks/{DAEMON_LOCK}") as file:
