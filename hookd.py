@@ -4273,7 +4273,8 @@ class Command:
     def __init__(self, options: "argparse.Namespace", argv: Sequence[str]) -> None:
         """Read the ini, become the owner of its state; raise ConfigError where it needs hooks."""
         self.options, self.ini = options, read_ini(options.file)
-        self.state, self.maybe = self.ini.state(default_state()), None  # type: str, Optional[Config]
+        self.state = self.ini.state(default_state())
+        self.maybe: Optional[Config] = None
         try:
             self.maybe = self.ini.config(self.state)
         except ConfigError:
