@@ -26,7 +26,8 @@ Exit status: 0 done; 1 failed; 2 wrong usage; 78 the ini needs mending. `run`, `
 import sys
 
 if sys.version_info < (3, 9):  # noqa: UP036
-    sys.exit("hookd needs Python 3.9 or later; this is Python %d.%d" % sys.version_info[:2])  # noqa: UP031
+    found = sys.version_info[:2]
+    sys.exit("hookd needs Python 3.9 or later; this is Python %d.%d" % found)  # noqa: UP031
 
 import configparser
 import contextlib
