@@ -80,6 +80,88 @@ def compile_once():
 
 COMPILED = compile_once()
 
+# A verb's time is the start of Python and its imports, and there are a thousand verbs here. This
+# process has both behind it, and forks one for each verb that goes on as `hookd.py` would.
+FORKS = """
+import argparse, io, json, os, select, signal, socket, sys, traceback
+import hookd
+
+def start(connection):
+    words, files, _, _ = socket.recv_fds(connection, 1 << 20, 2)
+    verb = os.fork()
+    if verb:
+        connection.send(str(os.waitstatus_to_exitcode(os.waitpid(verb, 0)[1])).encode())
+        os._exit(0)
+    for number, file in enumerate([os.open(os.devnull, os.O_RDONLY), *files]):
+        os.dup2(file, number)
+    os.closerange(3, 64)
+    sys.stdout = open(1, "w", encoding="utf-8")
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")
+    words, environment, folder = json.loads(words)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    ended = 1
+    try:
+        ended = hookd.main(words)
+    except SystemExit as error:
+        ended = error.code
+    except BaseException:
+        traceback.print_exc()
+    if isinstance(ended, str):
+        print(ended, file=sys.stderr)
+        ended = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended or 0)
+
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+listener = socket.socket(fileno=int(sys.argv[1]))
+while select.select([0, listener], [], [])[0] == [listener]:
+    connection = listener.accept()[0]
+    if not os.fork():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        start(connection)
+    connection.close()
+"""
+
+
+class Forks:
+    """Processes that have imported hookd already; `run` has one do a verb."""
+
+    def __init__(self):
+        self.path = str(Path(COMPILED).with_name("forks"))
+        self.process = None
+        self.starting = threading.Lock()
+
+    def start(self):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(self.path)
+            listener.listen(100)
+            self.process = subprocess.Popen(
+                [sys.executable, "-S", "-c", FORKS, str(listener.fileno())], cwd=HERE,
+                stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=clean_environment())
+        atexit.register(self.close)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def run(self, words, environment, folder):
+        """Run hookd with these words; return how it ended."""
+        with self.starting:
+            if not self.process:
+                self.start()
+        request = json.dumps([[os.fsdecode(word) for word in words], environment, str(folder)])
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, socket.socket(
+                socket.AF_UNIX, socket.SOCK_SEQPACKET) as one:
+            one.settimeout(PATIENCE * 2)
+            one.connect(self.path)
+            socket.send_fds(one, [request.encode()], [out.fileno(), err.fileno()])
+            code = int(one.recv(100))
+            texts = [file.seek(0) or file.read().decode(errors="replace") for file in (out, err)]
+        return Ended(code, *texts)
+
 
 # ---------------------------------------------------------------- What GitHub sends
 
@@ -431,6 +513,8 @@ class Daemon:
 
     def hookd(self, *arguments, **more):
         """Run a verb of hookd on the same ini; return how it ended."""
+        if not more:
+            return FORKED.run(["-c", str(self.ini), *arguments], self.environment, self.home)
         done = subprocess.run(
             self.command(*arguments), env=self.environment, cwd=self.home, timeout=PATIENCE * 2,
             stdin=subprocess.DEVNULL, capture_output=True, check=False, **more)
@@ -476,6 +560,9 @@ def clean_environment():
             if name not in ("NOTIFY_SOCKET", "INVOCATION_ID", "JOURNAL_STREAM", "XDG_STATE_HOME")
             and not name.endswith("_DIRECTORY")
             and not name.startswith(("GIT_", "HOOKD_", "LISTEN_", "WATCHDOG_"))}
+
+
+FORKED = Forks()
 
 
 class Repository:
@@ -6830,7 +6917,8 @@ class Reports(ReportCase):
         daemon = self.report_to(forge, hook('echo begun >> "$HOME/begun"; sleep 60'))
         daemon.push()
         for times in (1, 2):
-            daemon.wait(lambda: daemon.read("begun").count("begun") == times, "the run")  # noqa: B023
+            daemon.wait(lambda: daemon.read("begun").count("begun") == times,  # noqa: B023
+                        "the run")
             daemon.kill()
             daemon.start()
         daemon.wait(lambda: forge.states()[-1:] == ["error"], "the error")
