@@ -2866,7 +2866,8 @@ def page_html(snapshot: Snapshot) -> str:
         overview.append(target_html(now, target))
         sections += [f"<h2>{place_html(target)}</h2><ol>", *items, "</ol>"]
     return PAGE.substitute(
-        sign=SIGNS[state], state=state, words=words, written=moment(snapshot.now), meaning=meaning,
+        sign=SIGNS[state], state=state, colour="%2323693b" if state == "ok" else "%23ab2f27",
+        words=words, written=moment(snapshot.now), meaning=meaning,
         overview="\n".join(overview), sections="\n".join(sections))
 
 
@@ -2875,7 +2876,10 @@ PAGE = string.Template("""<!doctype html>
 <meta name="viewport" content="width=device-width"><meta name="robots" content="noindex">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>$sign $words - hookd</title><link rel="icon" href="data:,">
+<title>$sign $words - hookd</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'
+><circle cx='4' cy='4' r='4' fill='$colour'/><text x='4' y='6' font-size='6' fill='white'
+ text-anchor='middle'>$sign</text></svg>">
 <style>
 :root { --paper: #fdfcfa; --ink: #24262a; --soft: #62666e; --line: #e4e2dd; --mark: #f6efd9;
   --ok: #23693b; --bad: #ab2f27; --odd: #7d5400 }

@@ -6732,7 +6732,11 @@ class PageText(unittest.TestCase):
             "html", "meta", "title", "link", "style", "main", "h1", "h2", "b", "i", "p", "ul", "ol",
             "li", "div", "a", "code", "bdi", "time", "details", "summary", "pre"})
         for link in reader.links:
-            self.assertRegex(link, r"^(#run-\d+|data:,)$")
+            self.assertRegex(link, r"(?s)^(#run-\d+|data:image/svg\+xml,<svg .*)$")
+        icons = {"ok": "%2323693b", "failed": "%23ab2f27"}
+        for state, colour in icons.items():
+            told = hookd.page_html(snapshot_of(target_of(state=state)))
+            self.assertIn(f"fill='{colour}'", told)
         self.assertIn("default-src 'none'", page)
         self.assertNotRegex(page, "@import|url\\(|refresh")
 
