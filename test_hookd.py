@@ -366,7 +366,7 @@ class Daemon:
         self.process = self.spawn(self.command(), sockets, names, **more)
         self.wait(lambda: self.process.poll() is not None or "listening on " in self.log[known:],
                   "the daemon to listen")
-        if self.process.poll() is not None:
+        if "listening on " not in self.log[known:]:  # a command may have ended it since
             raise AssertionError(f"hookd ended with {self.process.poll()}\n{self.log}")
         self.address = re.search(r"listening on (\S+)", self.log[known:]).group(1)
         return self
@@ -1714,6 +1714,7 @@ class Judgement(Case):
 
     def test_a_secret_speaks_only_for_its_own_repository(self):
         daemon = self.serve(hook("true", secret="of the site"),
+                            hook("true", "dev", secret="of its branch dev"),
                             section("octo/shop", secret="of the shop"),
                             hook("true", repo="octo/shop"), secret="of the rest")
         table = (("of the site", "octo/site", 202), ("of the shop", "octo/shop", 202),
@@ -1724,6 +1725,10 @@ class Judgement(Case):
                 answer = daemon.post(push_of(repo=repo), secret=secret)
                 words = {403: "the secret is another repository's"}.get(status, "")
                 self.assert_answer(answer, status, words)
+        for branch, status in (("dev", 202), ("main", 403)):
+            with self.subTest("of its branch dev", branch=branch):
+                answer = daemon.post(push_of(branch), secret="of its branch dev")
+                self.assert_answer(answer, status)
         for payload, event in ((push_of("no-hook"), "push"), (push_of(), "ping")):
             with self.subTest(event):
                 answer = daemon.post(payload, secret="of the shop", X_GitHub_Event=event)
@@ -3755,6 +3760,33 @@ class Git(Case):
         (self.home / "live/.git/index.lock").touch()
         daemon.push()
         self.assertEqual(daemon.settled()["commit"], new, daemon.output(1))
+
+    def test_a_broken_clone_inside_another_checkout_leaves_that_alone(self):
+        origin = self.repository()
+        origin.commit(page="one")
+        around = self.home / "around"
+        origin.git("clone", "-q", str(origin.path), str(around))
+        (around / "page").write_text("uncommitted")
+        daemon = self.serve(self.deploying(directory=around / "live"))
+        daemon.push()
+        self.assertEqual(daemon.settled()["state"], "ok", daemon.output(1))
+        (around / "live/.git/HEAD").unlink()
+        origin.commit(page="two")
+        daemon.push(commit=sha("next"))
+        daemon.settle()
+        self.assertEqual((around / "page").read_text(), "uncommitted", daemon.output(2))
+
+    def test_git_has_left_nothing_behind_that_works_on_in_the_clone(self):
+        """A `gc` that goes on behind a deploy holds locks that the next one meets."""
+        self.repository().commit(page="one")
+        daemon = self.serve(self.deploying(), variables=self.counting_git())
+        daemon.push()
+        daemon.settle()
+        calls = daemon.read("calls").splitlines()
+        fetches = [line for line in calls if " fetch " in line]
+        self.assertTrue(fetches, calls)
+        for line in fetches:
+            self.assertIn("gc.autoDetach=false", line)
 
     def test_a_fetch_that_fails_is_told_and_the_command_does_not_run(self):
         self.repository().commit(page="one")
