@@ -2,9 +2,10 @@
 """The tests of hookd: `python3 test_hookd.py [Class[.test_name] ...]`.
 
 Nothing is imitated: each test starts its own daemon in its own directory, with a real ini, real
-sockets, real git repositories and a real SQLite file, and asserts what a user, GitHub or systemd
-would see. Pure rules are called directly, as tables. A condition is waited for, never slept for,
-and a condition that does not come true fails with the daemon's log.
+sockets, real git repositories, a forge that speaks HTTP and a real SQLite file, and asserts what a
+user, GitHub or systemd would see. Pure rules are called directly, as tables. A condition is waited
+for, never slept for, and a condition that does not come true fails with the daemon's log. They
+need Python and git alone; what needs root, or a program that is not here, is skipped.
 
 The classes stand in the order of hookd.py. They run several at a time, because most of a test
 is waiting; HOOKD_TEST_JOBS=1 runs one after the other, HOOKD_TEST_KEEP=1 keeps the directories.
@@ -2106,756 +2107,6 @@ class Meaning(Case):
                 self.assert_answer(answer, 200)
                 self.assertRegex(answer.text, r"\Aignored: [^\n]+\n\Z")
         self.assertEqual(daemon.targets(), {})
-
-
-# ---------------------------------------------------------------- Delivery
-
-
-class Delivery(Case):
-    """HTTP: each status of the contract, over TCP, unix sockets and TLS."""
-
-    def test_each_answer_has_its_status_and_one_line_of_text(self):
-        daemon = self.serve(hook("true"), path="/hook-1f2e", max_body="64K")
-        body = json.dumps(push_of()).encode()
-        table = (
-            ("a push", request(body, path="/hook-1f2e"), 202),
-            ("a ping", request(b"{}", path="/hook-1f2e", X_GitHub_Event="ping"), 200),
-            ("HTTP/1.0", request(body, path="/hook-1f2e", version="HTTP/1.0"), 202),
-            ("not JSON", request(b"{", path="/hook-1f2e"), 400),
-            ("no signature", request(body, path="/hook-1f2e", X_Hub_Signature_256=None), 403),
-            ("another secret", request(body, "other", path="/hook-1f2e"), 403),
-            ("another path", request(body), 404),
-            ("another path and method", request(body, path="/x", method="GET"), 404),
-            ("GET", request(path="/hook-1f2e", method="GET"), 405),
-            ("PUT", request(body, path="/hook-1f2e", method="PUT"), 405),
-            ("no length", request(path="/hook-1f2e", Content_Length=None), 411),
-            ("chunked", request(b"0\r\n\r\n", path="/hook-1f2e", Content_Length=None,
-                                Transfer_Encoding="chunked"), 411),
-            ("too large", request(b"x" * 65537, path="/hook-1f2e"), 413),
-            ("a long path", request(body, path="/" + "x" * 9000), 414),
-            ("text", request(body, path="/hook-1f2e", Content_Type="text/plain"), 415),
-            ("gzip", request(body, path="/hook-1f2e", Content_Encoding="gzip"), 415),
-            ("101 fields", request(body, path="/hook-1f2e",
-                                   **{f"X{i}": i for i in range(101)}), 431),
-            ("a large head", request(body, path="/hook-1f2e", X="x" * 17_000), 431),
-            ("an unknown method", request(body, path="/hook-1f2e", method="BREW"), 501),
-            ("an unknown coding", request(body, path="/hook-1f2e", Content_Length=None,
-                                          Transfer_Encoding="gzip"), 501))
-        for name, raw, status in table:
-            with self.subTest(name):
-                answer = daemon.exchange(raw)
-                self.assert_answer(answer, status)
-                self.assertRegex(answer.text, r"\A[^\n]+\n\Z")
-                self.assertTrue(answer.headers["content-type"].startswith("text/plain"))
-                self.assertRegex(answer.headers["date"],
-                                 r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT$")
-                date = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
-                self.assertLess(abs(time.time() - date), PATIENCE)
-                if status == 405:
-                    self.assertEqual(answer.headers["allow"], "POST")
-
-    def test_a_connection_may_be_used_again(self):
-        daemon = self.serve(hook("true"))
-        raw = (request(push_of()), request(b"{}", X_Hub_Signature_256=None),
-               request(b"{}", X_GitHub_Event="ping"), request(push_of()))
-        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
-            for data, status in zip(raw, (202, 403, 200, 202)):
-                one.sendall(data)
-                answer = read_answer(stream)
-                self.assert_answer(answer, status)
-                if answer.headers.get("connection") == "close":
-                    break
-            else:
-                status = None
-        self.assertIsNone(status, "closed after an answer that need not close")
-
-    def test_what_is_sent_behind_a_request_is_never_taken_for_one(self):
-        daemon = self.serve(hook("true"))
-        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
-            one.sendall(request(push_of()) + request(b"{}", X_GitHub_Event="ping")
-                        + request(b"x", "wrong") + request(push_of()))
-            answers = [read_answer(stream) for _ in range(2)]
-        self.assertEqual([answer.status for answer in answers], [202, 0])
-        self.assertEqual(answers[0].headers["connection"], "close")
-        daemon.settle()
-        self.assertEqual(len(daemon.states()), 1)
-
-    def test_a_body_that_is_refused_is_never_the_next_request(self):
-        daemon = self.serve(hook(NOTE), path="/hook")
-        smuggled = request(push_of(), path="/hook")
-        for name, raw in (("another path", request(smuggled, path="/other")),
-                          ("a GET", request(smuggled, method="GET", path="/hook")),
-                          ("text", request(smuggled, path="/hook", Content_Type="text/plain")),
-                          ("no length", request(path="/hook", Content_Length=None) + smuggled),
-                          ("chunked", request(path="/hook", Content_Length=None,
-                                              Transfer_Encoding="chunked") + smuggled)):
-            for there in (len(raw), len(raw) - len(smuggled)):  # when the answer is given
-                with self.subTest(name, there=there):
-                    self.check_smuggling(daemon, raw[:there], raw[there:])
-        self.assertEqual(daemon.targets(), {})
-
-    def check_smuggling(self, daemon, raw, later):
-        """Send a refused request, then more of it and a ping: only the ping may be answered."""
-        ping = request(b"{}", path="/hook", X_GitHub_Event="ping")
-        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
-            one.sendall(raw)
-            self.assertGreaterEqual(read_answer(stream).status, 400)
-            with suppress(ConnectionError):
-                one.sendall(later + ping)
-            answer = read_answer(stream)
-            self.assertTrue(answer.status == 0 or "pong" in answer.text, answer)
-
-    def test_an_answer_is_one_write(self):
-        daemon = self.serve(hook("true"))
-        for raw in (request(push_of()), request(b"{}", "wrong"), request(method="GET")):
-            with closing(daemon.connect()) as one:
-                one.sendall(raw)
-                first = one.recv(65536).partition(b"\r\n\r\n")
-                self.assertTrue(first[2].endswith(b"\n"), first)
-
-    def test_a_request_that_takes_over_ten_seconds_is_given_up(self):
-        daemon = self.serve(hook(NOTE))
-        whole = request(push_of(commit=sha("slow")))
-        parts = {"nothing": b"", "half a line": b"POST", "half a head": whole[:60],
-                 "half a body": whole[:-10], "all but a byte": whole[:-1]}
-        began = time.monotonic()
-        with ExitStack() as stack:
-            held = {}
-            for name, part in parts.items():
-                held[name] = stack.enter_context(closing(daemon.connect()))
-                held[name].sendall(part)
-            drip = stack.enter_context(closing(daemon.connect()))
-            self.drip_until_closed(drip, whole)
-            for name, one in held.items():
-                with self.subTest(name), one.makefile("rb") as stream:
-                    self.assert_answer(read_answer(stream), 408 if parts[name] else 0)
-        self.assertTrue(8 < time.monotonic() - began < 25)
-        self.assert_answer(daemon.push(commit=sha("next")), 202)
-        daemon.settle()
-        self.assertEqual(daemon.seen(), [sha("next")])
-
-    def drip_until_closed(self, one, raw):
-        """Send a byte now and then, as one who means to hold the connection for ever."""
-        one.settimeout(0.4)
-        for byte in raw:
-            try:
-                one.sendall(bytes([byte]))
-                if one.recv(4096):
-                    return
-            except socket.timeout:
-                continue
-            except ConnectionError:
-                return
-        self.fail("the whole request was taken, byte by byte")
-
-    def test_a_body_cut_short_is_refused_although_its_signature_is_right(self):
-        daemon = self.serve(hook(NOTE))
-        body = json.dumps(push_of()).encode()
-        raw = request(body, Content_Length=len(body) + 50)
-        self.assert_answer(daemon.exchange(raw, half_close=True), 400)
-        self.assertEqual(daemon.targets(), {})
-
-    def test_a_push_that_cannot_be_kept_is_answered_503(self):
-        daemon = self.serve(hook(NOTE))
-        self.assert_answer(daemon.push(commit=sha(1)), 202)
-        daemon.settle()
-        with closing(sqlite3.connect(daemon.state / "hookd.db", isolation_level=None)) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            self.assert_answer(daemon.push(commit=sha(2)), 503)
-            other.execute("ROLLBACK")
-        self.assert_answer(daemon.push(commit=sha(3)), 202)
-        daemon.settle()
-        self.assertEqual(daemon.seen(), [sha(1), sha(3)])
-
-    def test_a_full_disk_is_answered_503_until_there_is_room_again(self):
-        daemon = self.serve(hook(NOTE))
-        hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)[1]
-        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (1, hard))
-        self.assert_answer(daemon.push(commit=sha(1)), 503)
-        self.assert_answer(daemon.push(commit=sha(2)), 503)
-        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
-        self.assert_answer(daemon.push(commit=sha(3)), 202)
-        daemon.settle()
-        self.assertEqual(daemon.seen(), [sha(3)])
-
-    def test_the_log_names_the_delivery_and_the_real_sender(self):
-        daemon = self.serve(hook("true"))
-        delivery = str(uuid.uuid4())
-        daemon.post(push_of(), X_GitHub_Delivery=delivery,
-                    X_Forwarded_For="203.0.113.1, 192.0.2.77")
-        daemon.settle()
-        lines = [line for line in daemon.log.splitlines() if delivery in line]
-        self.assertTrue(lines, daemon.log)
-        self.assertIn("192.0.2.77", "\n".join(lines))
-        self.assertNotIn("203.0.113.1", daemon.log)
-
-    def test_a_unix_socket_is_open_to_the_web_server(self):
-        path = self.home / "hookd.sock"
-        daemon = self.serve(hook(NOTE), listen=f"unix:{path}")
-        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o666)
-        self.assert_answer(daemon.push(), 202)
-        daemon.settle()
-        daemon.kill()
-        daemon.start()  # a socket that a crash left behind is no hindrance
-        self.assert_answer(daemon.push(commit=sha("again")), 202)
-        daemon.settle()
-        self.assertEqual(daemon.seen(), [sha("commit"), sha("again")])
-
-    def test_ipv6_has_brackets(self):
-        try:
-            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-        except OSError:
-            self.skipTest("this machine has no IPv6")
-        daemon = self.serve(hook("true"), listen="[::1]:0")
-        self.assertRegex(daemon.address, r"^\[::1\]:\d+$")
-        self.assert_answer(daemon.push(), 202)
-
-    def test_refused_noise_does_not_fill_the_log(self):
-        daemon = self.serve(hook("true"))
-        before = len(daemon.log)
-        for number in range(300):
-            self.assert_answer(daemon.post(b"{}", secret="wrong", X_GitHub_Delivery=number), 403)
-            self.assert_answer(daemon.exchange(request(path=f"/{number}.php", method="GET")), 404)
-        self.assertLess(daemon.log.count("\n", before), 12)
-
-    def test_strangers_cannot_write_into_the_log(self):
-        daemon = self.serve(hook("true", "*"))
-        evil = "\x1b[2J\r\nall is well level=info\x07\x85\u2028"
-        daemon.push(evil)
-        daemon.push("x", repo="octo/" + evil)
-        daemon.push("x", pusher={"name": evil}, head_commit={"id": evil, "message": evil})
-        for raw in (request(path="/\x1b[31mx"), request(b"{}", X_GitHub_Delivery="\x1b[31m"),
-                    request(b"{}", X_GitHub_Event="push\x1b[31m"), b"\x1b[2J\x07\r\n\r\n",
-                    request(b"{}", User_Agent="\x1b[31m"), request(b"{}", X_Forwarded_For="\x1b[")):
-            daemon.exchange(raw)
-        daemon.settle()
-        self.assertNotRegex(daemon.log, "[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]")
-        self.assertNotRegex(daemon.log, r"(?m)^all is well")
-
-
-def talk(daemon, raw, half_close=False):
-    """Send bytes on a connection of their own; return all that comes until it is closed."""
-    with closing(daemon.connect()) as one:
-        with suppress(ConnectionError):
-            one.sendall(raw)
-            if half_close:
-                one.shutdown(socket.SHUT_WR)
-        parts = []
-        with suppress(ConnectionError):
-            for part in iter(lambda: one.recv(65536), b""):
-                parts.append(part)
-        return b"".join(parts)
-
-
-def with_fields(*lines, body=None):
-    """Return a signed push with these raw lines before its other header fields."""
-    raw = request(push_of() if body is None else body)
-    return raw.replace(b"\r\nHost:", b"\r\n" + b"\r\n".join(lines) + b"\r\nHost:", 1)
-
-
-class Wire(Case):
-    """HTTP/1.1 as the contract has it, byte for byte."""
-
-    def test_what_is_no_http_1_is_refused_at_once_with_a_whole_answer(self):
-        daemon = self.serve(hook(NOTE))
-        hello = bytes.fromhex("16030100c8010000c40303") + bytes(190)
-        table = {"HTTP/0.9": b"GET /\r\n", "HTTP/0.9 with a body": b"POST /\r\n\r\n",
-                 "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), "TLS": hello,
-                 "HTTP/2.0": request(push_of(), version="HTTP/2.0"),
-                 "HTTP/3": request(push_of(), version="HTTP/3"), "SSH": b"SSH-2.0-x\r\n"}
-        for name, raw in table.items():
-            with self.subTest(name):
-                began = time.monotonic()
-                head, _, text = talk(daemon, raw).partition(b"\r\n\r\n")
-                self.assertLess(time.monotonic() - began, 9)
-                self.assertTrue(head.startswith(b"HTTP/1.1 400 "), head)
-                self.assertIn(b"\r\nContent-Length: %d" % len(text), head)
-        self.assertEqual(daemon.targets(), {})
-
-    def test_a_head_request_is_answered_without_a_body(self):
-        daemon = self.serve(hook(NOTE))
-        for path, status in (("/", b"405"), ("/x", b"404")):
-            with self.subTest(path):
-                raw = request(method="HEAD", path=path, Content_Length=None, Connection="close")
-                head, end, rest = talk(daemon, raw).partition(b"\r\n\r\n")
-                self.assertTrue(head.startswith(b"HTTP/1.1 " + status), head)
-                self.assertEqual((end, rest), (b"\r\n\r\n", b""))
-
-    def test_http_1_0_closes_unless_it_asks_to_be_kept(self):
-        daemon = self.serve(hook("true"))
-        ping = {"version": "HTTP/1.0", "X_GitHub_Event": "ping"}
-        for name, more, answers in (("plain", {}, 1), ("close", {"Connection": "close"}, 1),
-                                    ("no Host", {"Host": None}, 1),
-                                    ("kept", {"Connection": "Keep-Alive"}, 2)):
-            with self.subTest(name), closing(daemon.connect()) as one, \
-                    one.makefile("rb") as stream:
-                raw = request(b"{}", **ping, **more)
-                found = []
-                with suppress(ConnectionError):
-                    for _ in range(2):
-                        one.sendall(raw)
-                        found.append(read_answer(stream).status)
-                self.assertEqual([status for status in found if status], [200] * answers)
-
-    def test_100_continue_is_said_only_to_whom_it_helps(self):
-        daemon = self.serve(hook("true"))
-        body = json.dumps(push_of()).encode()
-        table = (  # head, the first answer, whether the body is awaited
-            ("a push", {}, b"100"), ("in capitals", {"Expect": "100-Continue"}, b"100"),
-            ("unsigned", {"X_Hub_Signature_256": None}, b"403"),
-            ("another path", {"path": "/x"}, b"404"), ("a type", {"Content_Type": "a/b"}, b"415"),
-            ("too large", {"Content_Length": 10**9}, b"413"))
-        for name, more, status in table:
-            with self.subTest(name), closing(daemon.connect()) as one:
-                head = request(body, **{"Expect": "100-continue", **more})[:-len(body)]
-                one.sendall(head)
-                with one.makefile("rb") as stream:
-                    self.assertEqual(stream.readline().split()[1], status)
-                    if status == b"100":
-                        self.assertEqual(stream.readline(), b"\r\n")
-                        one.sendall(body)
-                        self.assertEqual(read_answer(stream).status, 202)
-        raw = request(body, version="HTTP/1.0", Expect="100-continue")
-        self.assertTrue(talk(daemon, raw).startswith(b"HTTP/1.1 202 "), "100 to an older HTTP")
-
-    def test_what_counts_once_may_not_come_twice(self):
-        daemon = self.serve(hook(NOTE))
-        for line in (b"X-GitHub-Delivery: 1", b"Content-Encoding: identity\r\nContent-Encoding: a",
-                     b"X-Hub-Signature-256: " + sign(b"x").encode(), b"X-GitHub-Event: push",
-                     b"Content-Type: application/json", b"Host: other", b"Content-Length: 0",
-                     b"content-LENGTH: 0", b"Transfer-Encoding: chunked"):
-            with self.subTest(line):
-                self.assert_answer(daemon.exchange(with_fields(line)), 400)
-        self.assertEqual(daemon.targets(), {})
-        raw = with_fields(b"Accept: a", b"Accept: b", b"Via: c", b"Via: c")
-        self.assert_answer(daemon.exchange(raw), 202)
-
-    def test_a_bare_cr_or_lf_or_nul_ends_no_line(self):
-        daemon = self.serve(hook(NOTE))
-        good = b"X-Hub-Signature-256: " + sign(json.dumps(push_of()).encode()).encode()
-        for mark in (b"\r", b"\n", b"\0", b"\x0b", b"\x85\r", b"\r \r"):
-            for name in (b"X-Y: ", b"User-Agent: ", b""):
-                with self.subTest(name, mark=mark):
-                    raw = request(push_of(), "wrong").replace(
-                        b"\r\n\r\n", b"\r\n" + name + b"a" + mark + good + b"\r\n\r\n", 1)
-                    self.assert_answer(daemon.exchange(raw), 400)
-        raw = request(push_of()).replace(b"POST / ", b"POST /\r ", 1)
-        self.assert_answer(daemon.exchange(raw), 400)
-        self.assertEqual(daemon.targets(), {})
-
-    FORWARDED = (  # values of X-Forwarded-For, one for each field of that name, and who may enter
-        (("192.0.2.7",), 202), (("198.51.100.9",), 403), (("198.51.100.9, 192.0.2.7",), 202),
-        (("192.0.2.7, 198.51.100.9",), 403), (("198.51.100.9", "192.0.2.7"), 202),
-        (("192.0.2.7", "198.51.100.9"), 403), (("2001:db8::7",), 202), (("2001:db9::7",), 403),
-        (("::ffff:192.0.2.7",), 202), (("192.0.2.7,",), 403), (("",), 403), ((",",), 403),
-        (("unknown",), 403), (("192.0.2.7 ",), 202), (("192.0.2.256",), 403), (("192.0.2",), 403),
-        (("0xC0000207",), 403), (("192.0.2.07",), 403), (("192.0.2.7/24",), 403),
-        (("2001:db8::ffff:7",), 202))
-
-    def check_forwarded(self, daemon):
-        for values, status in self.FORWARDED:
-            with self.subTest(values):
-                lines = [b"X-Forwarded-For: " + value.encode() for value in values]
-                self.assert_answer(daemon.exchange(with_fields(*lines)), status)
-
-    def test_behind_a_proxy_the_last_forwarded_address_decides(self):
-        daemon = self.serve(hook("true"), allow_from="192.0.2.0/24 2001:db8::/32")
-        self.check_forwarded(daemon)
-        self.assert_answer(daemon.push(), 403, "address")
-
-    def test_over_a_unix_socket_nobody_enters_without_a_name(self):
-        daemon = self.serve(hook("true"), allow_from="192.0.2.0/24 2001:db8::/32",
-                            listen=f"unix:{self.home}/hookd.sock")
-        self.assert_answer(daemon.push(), 403, "address")
-        self.check_forwarded(daemon)
-
-    def test_a_peer_elsewhere_is_not_believed_about_its_address(self):
-        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-            try:
-                probe.connect(("192.0.2.1", 9))  # sends nothing: asks the kernel for our address
-            except OSError:
-                self.skipTest("this machine has no address but loopback")
-            address = probe.getsockname()[0]
-        daemon = self.serve(hook("true"), listen=f"{address}:0", allow_from="203.0.113.0/24")
-        self.assert_answer(daemon.post(push_of(), X_Forwarded_For="203.0.113.7"), 403, "address")
-        daemon.stop()
-        daemon.configure(self.ini(hook("true"), listen=f"{address}:0", allow_from=address))
-        daemon.start()
-        self.assert_answer(daemon.post(push_of(), X_Forwarded_For="203.0.113.7"), 202)
-
-    def test_quiet_gives_nothing_away(self):
-        daemon = self.serve(hook(NOTE), quiet="yes", path="/hook", max_body="64K")
-        body = json.dumps(push_of()).encode()
-        rows = {"a push": request(body, path="/hook"), "a path": request(body),
-                "a method": request(method="GET", path="/hook"),
-                "no JSON": request(b"{", path="/hook"),
-                "a secret": request(body, "wrong", path="/hook"),
-                "a type": request(body, path="/hook", Content_Type="text/plain"),
-                "a size": request(b"x" * 65537, path="/hook"),
-                "unsigned": request(body, path="/hook", X_Hub_Signature_256=None)}
-        for name, raw in rows.items():
-            with self.subTest(name):
-                answer = daemon.exchange(raw)
-                self.assertEqual((answer.status, answer.text), (200, "ok\n"))
-                self.assertNotIn("allow", answer.headers)
-        self.assert_answer(daemon.exchange(b"nonsense\r\n\r\n"), 400)
-        daemon.wait_for_log("signature does not match")
-        daemon.settle()
-        self.assertEqual(daemon.seen(), [sha("commit")])
-
-
-# ---------------------------------------------------------------- What strangers cost
-
-
-def processor(daemon):
-    """Return the processor time that a daemon has used, in seconds (clock_getcpuclockid(3))."""
-    return time.clock_gettime((~daemon.process.pid << 3) | 2)
-
-
-def memory(daemon, name="VmHWM"):
-    """Return a figure of /proc/PID/status in bytes."""
-    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024
-
-
-def cost(daemon, raw, times=8, rounds=3):
-    """Return the processor time that one request costs, the best of a few rounds."""
-    best = []
-    for _ in range(rounds):
-        began = processor(daemon)
-        for _ in range(times):
-            daemon.exchange(raw)
-        best.append((processor(daemon) - began) / times)
-    return min(best)
-
-
-N = 15_000
-
-
-def unsigned(*lines, path=b"/", method=b"POST"):
-    """Return a head without a signature."""
-    return b"\r\n".join([method + b" " + path + b" HTTP/1.1", b"Host: a", *lines, b"", b""])
-
-
-def filler(name):
-    """Return heads whose field `name` is full of what a pattern might look at twice."""
-    parts = (b" ", b"\t", b" \t", b"a ", b",", b", ", b";", b" ;", b"/", b"0", b"9", b".", b":",
-             b"1.", b"=", b"%", b"\xff", b'"', b"\\", b"(", b"-", b"a:")
-    for part in parts:
-        for end in (b"", b"\x01", b"x"):
-            yield (part, end), unsigned(name + b":" + part * (N // len(part)) + end)
-
-
-def form_of(message):
-    """Return the body of a form delivery of a push with this message, in UTF-8."""
-    payload = push_of(head_commit={"id": sha("commit"), "message": message})
-    text = json.dumps(payload, ensure_ascii=False)
-    return urllib.parse.urlencode({"payload": text}).encode()
-
-
-class Cost(Case):
-    """What one stranger's byte costs: a ratio to the plain case, so that any machine can judge."""
-
-    def test_no_head_costs_more_processor_time_than_a_plain_one(self):
-        daemon = self.serve(hook("true"), allow_from="127.0.0.0/8", quiet="no")
-        plain = cost(daemon, unsigned(b"X-Y: " + b"a" * N), 20)
-        names = (b"a", b"X-Forwarded-For", b"Content-Type", b"Content-Length", b"Connection",
-                 b"X-Hub-Signature-256", b"Transfer-Encoding", b"Expect", b"X-GitHub-Delivery")
-        rows = {(name, *what): raw for name in names for what, raw in filler(name)}
-        half = N // 2
-        for part in (b"/", b"a", b"/.", b"%2f", b"?", b"?&", b"//@", b"#", b"*", b"\x01"):
-            rows["path", part] = unsigned(path=b"/" + part * (half // len(part)))
-            rows["URL", part] = unsigned(path=b"http://" + part * (half // len(part)))
-        for part in (b"A", b"!", b"a-", b"/", b"\t", b"\xff"):
-            rows["method", part] = unsigned(method=part * (half // len(part)))
-        rows["names"] = unsigned(*[b"a" * 150 + b":"] * 99)
-        rows["a name"] = unsigned(b"a" * N)
-        rows["a name and a space"] = unsigned(b"a" * N + b" :")
-        rows["colons"] = unsigned(b":" * N)
-        rows["returns"] = unsigned(b"X-Y: " + b"\r" * N)
-        rows["lines"] = unsigned(b"X-Y: " + b"\n" * N)
-        for name, raw in rows.items():
-            with self.subTest(name):
-                self.assertLess(cost(daemon, raw, 4, 1), 6 * plain + 0.0005)
-        self.assert_answer(daemon.push(), 202)
-
-    def test_no_field_of_a_signed_body_costs_more_than_a_plain_push(self):
-        daemon = self.serve(hook("true", "*", paths="docs/*/*.md\n*x*y*z"),
-                            variables={"PYTHONINTMAXSTRDIGITS": "0"})
-        size = 400_000
-        commits = [{"id": sha(number), "added": ["a/b"], "removed": [], "modified": ["c"],
-                    "message": "Say hello"} for number in range(size // 160)]
-        plain = cost(daemon, request(push_of(commits=commits[:2000])), 3)
-        rows = {}
-        for part in (" ", "a", "/", "a/", "0", "\x1b", "\n", "\r\n", "\ud800", "é", "x", ".", "{"):
-            text = part * (size // len(json.dumps(part)))
-            rows["ref", part] = push_of(ref="refs/heads/" + text)
-            rows["commit", part] = push_of(after=text)
-            rows["before", part] = push_of(before=text)
-            rows["repository", part] = push_of(repository={"full_name": "o/" + text})
-            rows["pusher", part] = push_of(pusher={"name": text})
-            rows["message", part] = push_of(head_commit={"id": sha(1), "message": text})
-            rows["file", part] = push_of(commits=[{"added": [text], "removed": [], "modified": []}])
-        raws = {name: request(json.dumps(payload).encode()) for name, payload in rows.items()}
-        for number in (b"9" * size, b"-" + b"9" * size, b"0." + b"9" * size, b"1e" + b"9" * size):
-            body = json.dumps(push_of()).encode()
-            body = re.sub(rb'"pushed_at": \d+', b'"pushed_at": ' + number, body)
-            raws["number", number[:3]] = request(body)
-        for name, raw in raws.items():
-            with self.subTest(name):
-                self.assertLess(cost(daemon, raw, 1, 1), 10 * plain + 0.05)
-        self.assert_answer(daemon.push(commits=[]), 202)
-
-    def test_bodies_in_flight_are_bounded_whoever_gives_way(self):
-        daemon = self.serve(hook("true", "*"))
-        self.assert_answer(daemon.push("before"), 202)
-        before = memory(daemon)
-        head = request(b"", "wrong", Content_Length=20_000_000)
-        with ExitStack() as stack:
-            for _ in range(800):  # the oldest, which give way first and free a byte each
-                stack.enter_context(closing(daemon.connect())).sendall(head + b"x")
-            for _ in range(10):
-                one = stack.enter_context(closing(daemon.connect()))
-                with suppress(ConnectionError):
-                    one.sendall(head + b"x" * 19_000_000)
-            self.assert_answer(daemon.push("after"), 202)
-        self.assertLess(memory(daemon) - before, 90_000_000)
-
-    def test_a_number_of_many_digits_is_refused_whatever_python_would_do(self):
-        daemon = self.serve(hook(NOTE), variables={"PYTHONINTMAXSTRDIGITS": "0"})
-        for digits, status in ((b"9" * 5000, 400), (b"9" * 2_000_000, 400), (b"1" * 18, 202)):
-            with self.subTest(len(digits)):
-                body = json.dumps(push_of(id=7)).encode().replace(b'"id": 7', b'"id": ' + digits)
-                self.assert_answer(daemon.post(body), status)
-                plain = cost(daemon, request(b" " * len(body)), 2)
-                self.assertLess(cost(daemon, request(body), 2, 1), 10 * plain + 0.05)
-
-    FORMS = {  # bodies of form deliveries, with what they are answered
-        "an honest one": (lambda size: form_of("中" * (size // 9)), 202),
-        "escapes": (lambda size: b"payload=" + b"%7B" * (size // 3), 400),
-        "plus signs": (lambda size: b"payload=" + b"+" * size, 400),
-        "other fields": (lambda size: b"a=1&" * (size // 4) + form_of("Hello"), 400),
-        "nothing": (lambda size: b"&" * size, 400),
-        "equals signs": (lambda size: b"=" * size, 400),
-        "broken escapes": (lambda size: b"payload=" + b"%" * size, 400),
-        "many payloads": (lambda size: b"payload=%7B%7D&" * (size // 15), 400)}
-
-    def test_a_form_costs_little_more_memory_and_time_than_its_bytes(self):
-        size = 8_000_000
-        daemon = self.prepare(hook("true"))
-        times = {}
-        for name, (make, status) in self.FORMS.items():
-            with self.subTest(name):
-                raw = request(make(size), Content_Type="application/x-www-form-urlencoded")
-                daemon.start()
-                self.assert_answer(daemon.push("none"), 200)
-                before, began = memory(daemon), processor(daemon)
-                answer = daemon.exchange(raw)
-                times[name], peak = processor(daemon) - began, memory(daemon) - before
-                daemon.kill()
-                self.assert_answer(answer, status)
-                self.assertLess(peak, 8 * len(raw))
-                self.assertLess(times[name], 8 * times["an honest one"] + 0.1)
-
-    def test_what_is_kept_of_a_push_is_bounded(self):
-        daemon = self.serve(hook('env > "$HOME/said"', "*"))
-        large = "x" * 2_000_000
-        self.assertEqual(daemon.hookd("pause", "octo/site", "large").code, 0)
-        light = cost(daemon, request(push_of("other")), 10)
-        for number in range(2):
-            payload = push_of("large", sha(number), before=large, pusher={"name": large},
-                              head_commit={"id": sha(number), "message": large})
-            self.assert_answer(daemon.post(payload), 202)
-        self.assertLess(cost(daemon, request(push_of("other")), 10), 3 * light + 0.002)
-        self.assertEqual(daemon.hookd("resume", "octo/site", "large").code, 0)
-        told = daemon.settled("large")
-        self.assertEqual(told["state"], "ok")
-        self.assertLess(len(json.dumps(told)), 100_000)
-        self.assertLess(len(daemon.log), 1_000_000)
-        self.assertLess(max(map(len, daemon.read("said").splitlines())), 70_000)
-        self.assertLess(self.largest_value(daemon), 100_000)
-
-    def largest_value(self, daemon):
-        """Return the size of the largest value in the database."""
-        with closing(sqlite3.connect(daemon.state / "hookd.db")) as store:
-            names = [name for (name,) in store.execute(
-                "SELECT name FROM sqlite_master WHERE type = 'table'")]
-            rows = itertools.chain.from_iterable(
-                store.execute(f'SELECT * FROM "{name}"') for name in names)
-            return max(len(value) if isinstance(value, (str, bytes)) else 8
-                       for row in rows for value in row)
-
-    def test_unfinished_heads_of_refused_addresses_push_nobody_out(self):
-        heads, soft, hard = 2200, *resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard < 2 * heads:
-            self.skipTest(f"a process may have only {hard} files open")
-        if soft < 2 * heads:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        daemon = self.serve(hook("true", "*"), allow_from="192.0.2.0/24")
-        part = b"POST / HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Y: " + b"z" * 16_000
-        with ExitStack() as stack:
-            def strangers(count):
-                for _ in range(count):
-                    stack.enter_context(closing(daemon.connect())).sendall(part)
-
-            strangers(heads)
-            for number in range(20):
-                strangers(3)  # where some had to go, others come
-                payload = push_of(f"b{number}", note="x" * 20_000)
-                answer = daemon.post(payload, X_Forwarded_For="192.0.2.7")
-                self.assert_answer(answer, 202)
-
-    def test_the_oldest_unfinished_body_gives_way_and_not_the_largest(self):
-        daemon = self.serve(hook("true", "*"))
-        part = request(b"", "wrong", Content_Length=2_000_000) + b"x" * 1_000_000
-        with ExitStack() as stack:
-            for _ in range(40):
-                stack.enter_context(closing(daemon.connect())).sendall(part)
-            self.assert_answer(daemon.push("large", note="x" * 5_000_000), 202)
-            self.assert_answer(daemon.push("small"), 202)
-
-
-class Secrets(Case):
-    """However many secrets there are, nobody can make hookd compute for all of them at length."""
-
-    COUNT = 200
-
-    def sections(self):
-        return [section(f"octo/r{number} main", command="true", secret=f"secret {number}")
-                for number in range(self.COUNT)]
-
-    def test_each_of_many_secrets_is_accepted_for_its_own(self):
-        daemon = self.serve(*self.sections())
-        for number in (0, 99, self.COUNT - 1):
-            with self.subTest(number):
-                payload = push_of(repo=f"octo/r{number}", note="x" * 200_000)
-                self.assert_answer(daemon.post(payload, secret=f"secret {number}"), 202)
-                self.assert_answer(daemon.post(payload, secret=f"secret {number - 1}"), 403)
-
-    def test_a_large_push_is_taken_from_a_webhook_that_is_known(self):
-        daemon = self.serve(*self.sections())
-        last = f"octo/r{self.COUNT - 1}"
-        for size in (10, 5_000_000):
-            answer = daemon.post(push_of(repo=last, note="x" * size), X_GitHub_Hook_ID=7,
-                                 secret=f"secret {self.COUNT - 1}")
-            self.assert_answer(answer, 202, last)
-
-    def test_the_work_for_a_large_body_does_not_grow_with_the_secrets(self):
-        body = b"x" * 25_000_000
-        few = self.serve(*self.sections()[:4])
-        bound = cost(few, request(body, "wrong"), 1, 2)
-        few.kill()
-        many = self.prepare(*self.sections())
-        many.start()
-        self.assertLess(cost(many, request(body, "wrong"), 1, 2), 4 * bound)
-
-
-CERTIFICATES = (  # two self-signed ones with their keys, made for these tests alone
-    """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgWr1BIgGeB7AxJ6Xi
-ciRtg0blXN+sCbQ9fxyH2S1D9aWhRANCAARlV8KVR7ATAFVK76sFfsmYr9LF5EA+
-u9dS51K1zUYlOMh4zFSuNYqOb0WwmZ9QN4qDGJqjm5wp2iaCAthDeV4p
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBoTCCAUegAwIBAgIUH6vpu7b4VcHixmjIMdR8ceNG8wwwCgYIKoZIzj0EAwIw
-FzEVMBMGA1UEAwwMaG9va2QtdGVzdC0xMCAXDTI2MTEyMTAxNTk0NloYDzIxMjYx
-MDI4MDE1OTQ2WjAXMRUwEwYDVQQDDAxob29rZC10ZXN0LTEwWTATBgcqhkjOPQIB
-BggqhkjOPQMBBwNCAARlV8KVR7ATAFVK76sFfsmYr9LF5EA+u9dS51K1zUYlOMh4
-zFSuNYqOb0WwmZ9QN4qDGJqjm5wp2iaCAthDeV4po28wbTAdBgNVHQ4EFgQU3HUN
-tuiJ6owqSZhkJzTOrjsGfCUwHwYDVR0jBBgwFoAU3HUNtuiJ6owqSZhkJzTOrjsG
-fCUwDwYDVR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEw
-CgYIKoZIzj0EAwIDSAAwRQIgMADb6BwlGB1UYrTKE/RFKhW0ONWweGLLedwdWV9a
-oxgCIQDun2hlqhgmHrvnc943yUd6KvVfTMckEqUKS+VrNCJPzw==
------END CERTIFICATE-----
-""",
-    """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgzmQUFut5QfimSptC
-9oQI5cshk0/aGwO3XGd6UZpSF8mhRANCAAQCz9dsjteEDBNSTibjyVMWuWfwrgxS
-50i+juwhLwOq4UL8y3BPSNQr2O35thKIk4UpmusQVA+vfWgDvvN/r9cX
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBoTCCAUegAwIBAgIUf+0DbCguCwLnx8YeeMpcKwUhODYwCgYIKoZIzj0EAwIw
-FzEVMBMGA1UEAwwMaG9va2QtdGVzdC0yMCAXDTI2MTEyMTAxNTk0NloYDzIxMjYx
-MDI4MDE1OTQ2WjAXMRUwEwYDVQQDDAxob29rZC10ZXN0LTIwWTATBgcqhkjOPQIB
-BggqhkjOPQMBBwNCAAQCz9dsjteEDBNSTibjyVMWuWfwrgxS50i+juwhLwOq4UL8
-y3BPSNQr2O35thKIk4UpmusQVA+vfWgDvvN/r9cXo28wbTAdBgNVHQ4EFgQURSET
-b0HDAXxNcZKnECrByFTwBmIwHwYDVR0jBBgwFoAURSETb0HDAXxNcZKnECrByFTw
-BmIwDwYDVR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEw
-CgYIKoZIzj0EAwIDSAAwRQIgUVgRqIs86KlKi4dImspNvjgJtoDXIi96du5TImzy
-OH8CIQCYm7uoXbn1TsRVmetmO2DrRjlNnaoll1niiX/dMU0IpQ==
------END CERTIFICATE-----
-""",
-)
-
-
-class Tls(Case):
-    """HTTPS by hookd itself."""
-
-    def serve_tls(self, number, *sections, **keys):
-        """Return a daemon that answers over TLS with the certificate of that number."""
-        self.install(number)
-        return self.serve(*sections, tls_cert=self.home / "tls.pem",
-                          tls_key=self.home / "tls.pem", **keys)
-
-    def install(self, number):
-        path = self.home / "tls.pem"
-        path.write_text(CERTIFICATES[number])
-        path.chmod(0o600)
-
-    def connect(self, daemon):
-        """Return a TLS connection; its certificate is not verified, only looked at."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        return context.wrap_socket(daemon.connect(), server_hostname="localhost")
-
-    def exchange(self, daemon, raw):
-        with closing(self.connect(daemon)) as one, one.makefile("rb") as stream:
-            one.sendall(raw)
-            return read_answer(stream)
-
-    def certificate(self, daemon):
-        with closing(self.connect(daemon)) as one:
-            return ssl.DER_cert_to_PEM_cert(one.getpeercert(binary_form=True))
-
-    def test_a_push_arrives_over_tls(self):
-        daemon = self.serve_tls(0, hook(NOTE))
-        self.assert_answer(self.exchange(daemon, request(push_of())), 202)
-        large = push_of(commit=sha("large"), note="x" * 3_000_000)
-        self.assert_answer(self.exchange(daemon, request(large)), 202)
-        daemon.settle()
-        self.assertEqual(daemon.seen(), [sha("commit"), sha("large")])
-
-    def test_a_handshake_that_never_ends_blocks_nobody(self):
-        daemon = self.serve_tls(0, hook("true"))
-        with ExitStack() as stack:
-            for start in (b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", b"\x80" * 50):
-                one = stack.enter_context(closing(daemon.connect()))
-                one.sendall(start)
-            self.assert_answer(self.exchange(daemon, request(push_of())), 202)
-
-    def test_a_renewed_certificate_is_taken_at_a_reload(self):
-        daemon = self.serve_tls(0, hook("true"))
-        self.assertIn(self.certificate(daemon), CERTIFICATES[0])
-        self.install(1)
-        self.assertIn(self.certificate(daemon), CERTIFICATES[0])
-        daemon.tell(signal.SIGHUP)
-        daemon.wait(lambda: self.certificate(daemon) in CERTIFICATES[1], "the new certificate")
-        self.assert_answer(self.exchange(daemon, request(push_of())), 202)
-
-    def test_a_certificate_that_cannot_be_read_is_told(self):
-        (self.home / "tls.pem").write_text("no certificate\n")
-        daemon = self.prepare(hook("true"), tls_cert=self.home / "tls.pem",
-                              tls_key=self.home / "tls.pem")
-        told = daemon.hookd("check")
-        self.assertEqual(told.code, 78)
-        self.assertIn("tls_cert", told.err + told.out)
-
-    def test_send_speaks_tls_to_its_own_daemon(self):
-        daemon = self.serve_tls(0, hook(NOTE))
-        self.assertEqual(daemon.hookd("send", "octo/site", "main", "--wait").code, 0)
-        self.assertEqual(len(daemon.seen()), 1)
 
 
 # ---------------------------------------------------------------- Queue
@@ -5504,9 +4755,6 @@ class Crash(Case):
         daemon.settle()
         self.assertIn(sha("kept"), daemon.seen())
 
-    def wait_for_attempts(self, daemon, number):
-        daemon.wait(lambda: len(daemon.read("pids").split()) == number, f"attempt {number}")
-
     def test_a_command_that_kills_its_daemon_does_not_do_so_for_ever(self):
         daemon = self.serve(hook('echo x >> "$HOME/tries"; kill -9 $PPID; sleep 300'))
         daemon.push()
@@ -5905,6 +5153,756 @@ class Scarcity(Case):
         return int(path.read_text().split()[0]) - before
 
 
+# ---------------------------------------------------------------- Delivery
+
+
+class Delivery(Case):
+    """HTTP: each status of the contract, over TCP, unix sockets and TLS."""
+
+    def test_each_answer_has_its_status_and_one_line_of_text(self):
+        daemon = self.serve(hook("true"), path="/hook-1f2e", max_body="64K")
+        body = json.dumps(push_of()).encode()
+        table = (
+            ("a push", request(body, path="/hook-1f2e"), 202),
+            ("a ping", request(b"{}", path="/hook-1f2e", X_GitHub_Event="ping"), 200),
+            ("HTTP/1.0", request(body, path="/hook-1f2e", version="HTTP/1.0"), 202),
+            ("not JSON", request(b"{", path="/hook-1f2e"), 400),
+            ("no signature", request(body, path="/hook-1f2e", X_Hub_Signature_256=None), 403),
+            ("another secret", request(body, "other", path="/hook-1f2e"), 403),
+            ("another path", request(body), 404),
+            ("another path and method", request(body, path="/x", method="GET"), 404),
+            ("GET", request(path="/hook-1f2e", method="GET"), 405),
+            ("PUT", request(body, path="/hook-1f2e", method="PUT"), 405),
+            ("no length", request(path="/hook-1f2e", Content_Length=None), 411),
+            ("chunked", request(b"0\r\n\r\n", path="/hook-1f2e", Content_Length=None,
+                                Transfer_Encoding="chunked"), 411),
+            ("too large", request(b"x" * 65537, path="/hook-1f2e"), 413),
+            ("a long path", request(body, path="/" + "x" * 9000), 414),
+            ("text", request(body, path="/hook-1f2e", Content_Type="text/plain"), 415),
+            ("gzip", request(body, path="/hook-1f2e", Content_Encoding="gzip"), 415),
+            ("101 fields", request(body, path="/hook-1f2e",
+                                   **{f"X{i}": i for i in range(101)}), 431),
+            ("a large head", request(body, path="/hook-1f2e", X="x" * 17_000), 431),
+            ("an unknown method", request(body, path="/hook-1f2e", method="BREW"), 501),
+            ("an unknown coding", request(body, path="/hook-1f2e", Content_Length=None,
+                                          Transfer_Encoding="gzip"), 501))
+        for name, raw, status in table:
+            with self.subTest(name):
+                answer = daemon.exchange(raw)
+                self.assert_answer(answer, status)
+                self.assertRegex(answer.text, r"\A[^\n]+\n\Z")
+                self.assertTrue(answer.headers["content-type"].startswith("text/plain"))
+                self.assertRegex(answer.headers["date"],
+                                 r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT$")
+                date = email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+                self.assertLess(abs(time.time() - date), PATIENCE)
+                if status == 405:
+                    self.assertEqual(answer.headers["allow"], "POST")
+
+    def test_a_connection_may_be_used_again(self):
+        daemon = self.serve(hook("true"))
+        raw = (request(push_of()), request(b"{}", X_Hub_Signature_256=None),
+               request(b"{}", X_GitHub_Event="ping"), request(push_of()))
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            for data, status in zip(raw, (202, 403, 200, 202)):
+                one.sendall(data)
+                answer = read_answer(stream)
+                self.assert_answer(answer, status)
+                if answer.headers.get("connection") == "close":
+                    break
+            else:
+                status = None
+        self.assertIsNone(status, "closed after an answer that need not close")
+
+    def test_what_is_sent_behind_a_request_is_never_taken_for_one(self):
+        daemon = self.serve(hook("true"))
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            one.sendall(request(push_of()) + request(b"{}", X_GitHub_Event="ping")
+                        + request(b"x", "wrong") + request(push_of()))
+            answers = [read_answer(stream) for _ in range(2)]
+        self.assertEqual([answer.status for answer in answers], [202, 0])
+        self.assertEqual(answers[0].headers["connection"], "close")
+        daemon.settle()
+        self.assertEqual(len(daemon.states()), 1)
+
+    def test_a_body_that_is_refused_is_never_the_next_request(self):
+        daemon = self.serve(hook(NOTE), path="/hook")
+        smuggled = request(push_of(), path="/hook")
+        for name, raw in (("another path", request(smuggled, path="/other")),
+                          ("a GET", request(smuggled, method="GET", path="/hook")),
+                          ("text", request(smuggled, path="/hook", Content_Type="text/plain")),
+                          ("no length", request(path="/hook", Content_Length=None) + smuggled),
+                          ("chunked", request(path="/hook", Content_Length=None,
+                                              Transfer_Encoding="chunked") + smuggled)):
+            for there in (len(raw), len(raw) - len(smuggled)):  # when the answer is given
+                with self.subTest(name, there=there):
+                    self.check_smuggling(daemon, raw[:there], raw[there:])
+        self.assertEqual(daemon.targets(), {})
+
+    def check_smuggling(self, daemon, raw, later):
+        """Send a refused request, then more of it and a ping: only the ping may be answered."""
+        ping = request(b"{}", path="/hook", X_GitHub_Event="ping")
+        with closing(daemon.connect()) as one, one.makefile("rb") as stream:
+            one.sendall(raw)
+            self.assertGreaterEqual(read_answer(stream).status, 400)
+            with suppress(ConnectionError):
+                one.sendall(later + ping)
+            answer = read_answer(stream)
+            self.assertTrue(answer.status == 0 or "pong" in answer.text, answer)
+
+    def test_an_answer_is_one_write(self):
+        daemon = self.serve(hook("true"))
+        for raw in (request(push_of()), request(b"{}", "wrong"), request(method="GET")):
+            with closing(daemon.connect()) as one:
+                one.sendall(raw)
+                first = one.recv(65536).partition(b"\r\n\r\n")
+                self.assertTrue(first[2].endswith(b"\n"), first)
+
+    def test_a_request_that_takes_over_ten_seconds_is_given_up(self):
+        daemon = self.serve(hook(NOTE))
+        whole = request(push_of(commit=sha("slow")))
+        parts = {"nothing": b"", "half a line": b"POST", "half a head": whole[:60],
+                 "half a body": whole[:-10], "all but a byte": whole[:-1]}
+        began = time.monotonic()
+        with ExitStack() as stack:
+            held = {}
+            for name, part in parts.items():
+                held[name] = stack.enter_context(closing(daemon.connect()))
+                held[name].sendall(part)
+            drip = stack.enter_context(closing(daemon.connect()))
+            self.drip_until_closed(drip, whole)
+            for name, one in held.items():
+                with self.subTest(name), one.makefile("rb") as stream:
+                    self.assert_answer(read_answer(stream), 408 if parts[name] else 0)
+        self.assertTrue(8 < time.monotonic() - began < 25)
+        self.assert_answer(daemon.push(commit=sha("next")), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("next")])
+
+    def drip_until_closed(self, one, raw):
+        """Send a byte now and then, as one who means to hold the connection for ever."""
+        one.settimeout(0.4)
+        for byte in raw:
+            try:
+                one.sendall(bytes([byte]))
+                if one.recv(4096):
+                    return
+            except socket.timeout:
+                continue
+            except ConnectionError:
+                return
+        self.fail("the whole request was taken, byte by byte")
+
+    def test_a_body_cut_short_is_refused_although_its_signature_is_right(self):
+        daemon = self.serve(hook(NOTE))
+        body = json.dumps(push_of()).encode()
+        raw = request(body, Content_Length=len(body) + 50)
+        self.assert_answer(daemon.exchange(raw, half_close=True), 400)
+        self.assertEqual(daemon.targets(), {})
+
+    def test_a_push_that_cannot_be_kept_is_answered_503(self):
+        daemon = self.serve(hook(NOTE))
+        self.assert_answer(daemon.push(commit=sha(1)), 202)
+        daemon.settle()
+        with closing(sqlite3.connect(daemon.state / "hookd.db", isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            self.assert_answer(daemon.push(commit=sha(2)), 503)
+            other.execute("ROLLBACK")
+        self.assert_answer(daemon.push(commit=sha(3)), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(1), sha(3)])
+
+    def test_a_full_disk_is_answered_503_until_there_is_room_again(self):
+        daemon = self.serve(hook(NOTE))
+        hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (1, hard))
+        self.assert_answer(daemon.push(commit=sha(1)), 503)
+        self.assert_answer(daemon.push(commit=sha(2)), 503)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+        self.assert_answer(daemon.push(commit=sha(3)), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha(3)])
+
+    def test_the_log_names_the_delivery_and_the_real_sender(self):
+        daemon = self.serve(hook("true"))
+        delivery = str(uuid.uuid4())
+        daemon.post(push_of(), X_GitHub_Delivery=delivery,
+                    X_Forwarded_For="203.0.113.1, 192.0.2.77")
+        daemon.settle()
+        lines = [line for line in daemon.log.splitlines() if delivery in line]
+        self.assertTrue(lines, daemon.log)
+        self.assertIn("192.0.2.77", "\n".join(lines))
+        self.assertNotIn("203.0.113.1", daemon.log)
+
+    def test_a_unix_socket_is_open_to_the_web_server(self):
+        path = self.home / "hookd.sock"
+        daemon = self.serve(hook(NOTE), listen=f"unix:{path}")
+        self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o666)
+        self.assert_answer(daemon.push(), 202)
+        daemon.settle()
+        daemon.kill()
+        daemon.start()  # a socket that a crash left behind is no hindrance
+        self.assert_answer(daemon.push(commit=sha("again")), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("commit"), sha("again")])
+
+    def test_ipv6_has_brackets(self):
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            self.skipTest("this machine has no IPv6")
+        daemon = self.serve(hook("true"), listen="[::1]:0")
+        self.assertRegex(daemon.address, r"^\[::1\]:\d+$")
+        self.assert_answer(daemon.push(), 202)
+
+    def test_refused_noise_does_not_fill_the_log(self):
+        daemon = self.serve(hook("true"))
+        before = len(daemon.log)
+        for number in range(300):
+            self.assert_answer(daemon.post(b"{}", secret="wrong", X_GitHub_Delivery=number), 403)
+            self.assert_answer(daemon.exchange(request(path=f"/{number}.php", method="GET")), 404)
+        self.assertLess(daemon.log.count("\n", before), 12)
+
+    def test_strangers_cannot_write_into_the_log(self):
+        daemon = self.serve(hook("true", "*"))
+        evil = "\x1b[2J\r\nall is well level=info\x07\x85\u2028"
+        daemon.push(evil)
+        daemon.push("x", repo="octo/" + evil)
+        daemon.push("x", pusher={"name": evil}, head_commit={"id": evil, "message": evil})
+        for raw in (request(path="/\x1b[31mx"), request(b"{}", X_GitHub_Delivery="\x1b[31m"),
+                    request(b"{}", X_GitHub_Event="push\x1b[31m"), b"\x1b[2J\x07\r\n\r\n",
+                    request(b"{}", User_Agent="\x1b[31m"), request(b"{}", X_Forwarded_For="\x1b[")):
+            daemon.exchange(raw)
+        daemon.settle()
+        self.assertNotRegex(daemon.log, "[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028]")
+        self.assertNotRegex(daemon.log, r"(?m)^all is well")
+
+
+def talk(daemon, raw, half_close=False):
+    """Send bytes on a connection of their own; return all that comes until it is closed."""
+    with closing(daemon.connect()) as one:
+        with suppress(ConnectionError):
+            one.sendall(raw)
+            if half_close:
+                one.shutdown(socket.SHUT_WR)
+        parts = []
+        with suppress(ConnectionError):
+            for part in iter(lambda: one.recv(65536), b""):
+                parts.append(part)
+        return b"".join(parts)
+
+
+def with_fields(*lines, body=None):
+    """Return a signed push with these raw lines before its other header fields."""
+    raw = request(push_of() if body is None else body)
+    return raw.replace(b"\r\nHost:", b"\r\n" + b"\r\n".join(lines) + b"\r\nHost:", 1)
+
+
+class Wire(Case):
+    """HTTP/1.1 as the contract has it, byte for byte."""
+
+    def test_what_is_no_http_1_is_refused_at_once_with_a_whole_answer(self):
+        daemon = self.serve(hook(NOTE))
+        hello = bytes.fromhex("16030100c8010000c40303") + bytes(190)
+        table = {"HTTP/0.9": b"GET /\r\n", "HTTP/0.9 with a body": b"POST /\r\n\r\n",
+                 "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), "TLS": hello,
+                 "HTTP/2.0": request(push_of(), version="HTTP/2.0"),
+                 "HTTP/3": request(push_of(), version="HTTP/3"), "SSH": b"SSH-2.0-x\r\n"}
+        for name, raw in table.items():
+            with self.subTest(name):
+                began = time.monotonic()
+                head, _, text = talk(daemon, raw).partition(b"\r\n\r\n")
+                self.assertLess(time.monotonic() - began, 9)
+                self.assertTrue(head.startswith(b"HTTP/1.1 400 "), head)
+                self.assertIn(b"\r\nContent-Length: %d" % len(text), head)
+        self.assertEqual(daemon.targets(), {})
+
+    def test_a_head_request_is_answered_without_a_body(self):
+        daemon = self.serve(hook(NOTE))
+        for path, status in (("/", b"405"), ("/x", b"404")):
+            with self.subTest(path):
+                raw = request(method="HEAD", path=path, Content_Length=None, Connection="close")
+                head, end, rest = talk(daemon, raw).partition(b"\r\n\r\n")
+                self.assertTrue(head.startswith(b"HTTP/1.1 " + status), head)
+                self.assertEqual((end, rest), (b"\r\n\r\n", b""))
+
+    def test_http_1_0_closes_unless_it_asks_to_be_kept(self):
+        daemon = self.serve(hook("true"))
+        ping = {"version": "HTTP/1.0", "X_GitHub_Event": "ping"}
+        for name, more, answers in (("plain", {}, 1), ("close", {"Connection": "close"}, 1),
+                                    ("no Host", {"Host": None}, 1),
+                                    ("kept", {"Connection": "Keep-Alive"}, 2)):
+            with self.subTest(name), closing(daemon.connect()) as one, \
+                    one.makefile("rb") as stream:
+                raw = request(b"{}", **ping, **more)
+                found = []
+                with suppress(ConnectionError):
+                    for _ in range(2):
+                        one.sendall(raw)
+                        found.append(read_answer(stream).status)
+                self.assertEqual([status for status in found if status], [200] * answers)
+
+    def test_100_continue_is_said_only_to_whom_it_helps(self):
+        daemon = self.serve(hook("true"))
+        body = json.dumps(push_of()).encode()
+        table = (  # head, the first answer, whether the body is awaited
+            ("a push", {}, b"100"), ("in capitals", {"Expect": "100-Continue"}, b"100"),
+            ("unsigned", {"X_Hub_Signature_256": None}, b"403"),
+            ("another path", {"path": "/x"}, b"404"), ("a type", {"Content_Type": "a/b"}, b"415"),
+            ("too large", {"Content_Length": 10**9}, b"413"))
+        for name, more, status in table:
+            with self.subTest(name), closing(daemon.connect()) as one:
+                head = request(body, **{"Expect": "100-continue", **more})[:-len(body)]
+                one.sendall(head)
+                with one.makefile("rb") as stream:
+                    self.assertEqual(stream.readline().split()[1], status)
+                    if status == b"100":
+                        self.assertEqual(stream.readline(), b"\r\n")
+                        one.sendall(body)
+                        self.assertEqual(read_answer(stream).status, 202)
+        raw = request(body, version="HTTP/1.0", Expect="100-continue")
+        self.assertTrue(talk(daemon, raw).startswith(b"HTTP/1.1 202 "), "100 to an older HTTP")
+
+    def test_what_counts_once_may_not_come_twice(self):
+        daemon = self.serve(hook(NOTE))
+        for line in (b"X-GitHub-Delivery: 1", b"Content-Encoding: identity\r\nContent-Encoding: a",
+                     b"X-Hub-Signature-256: " + sign(b"x").encode(), b"X-GitHub-Event: push",
+                     b"Content-Type: application/json", b"Host: other", b"Content-Length: 0",
+                     b"content-LENGTH: 0", b"Transfer-Encoding: chunked"):
+            with self.subTest(line):
+                self.assert_answer(daemon.exchange(with_fields(line)), 400)
+        self.assertEqual(daemon.targets(), {})
+        raw = with_fields(b"Accept: a", b"Accept: b", b"Via: c", b"Via: c")
+        self.assert_answer(daemon.exchange(raw), 202)
+
+    def test_a_bare_cr_or_lf_or_nul_ends_no_line(self):
+        daemon = self.serve(hook(NOTE))
+        good = b"X-Hub-Signature-256: " + sign(json.dumps(push_of()).encode()).encode()
+        for mark in (b"\r", b"\n", b"\0", b"\x0b", b"\x85\r", b"\r \r"):
+            for name in (b"X-Y: ", b"User-Agent: ", b""):
+                with self.subTest(name, mark=mark):
+                    raw = request(push_of(), "wrong").replace(
+                        b"\r\n\r\n", b"\r\n" + name + b"a" + mark + good + b"\r\n\r\n", 1)
+                    self.assert_answer(daemon.exchange(raw), 400)
+        raw = request(push_of()).replace(b"POST / ", b"POST /\r ", 1)
+        self.assert_answer(daemon.exchange(raw), 400)
+        self.assertEqual(daemon.targets(), {})
+
+    FORWARDED = (  # values of X-Forwarded-For, one for each field of that name, and who may enter
+        (("192.0.2.7",), 202), (("198.51.100.9",), 403), (("198.51.100.9, 192.0.2.7",), 202),
+        (("192.0.2.7, 198.51.100.9",), 403), (("198.51.100.9", "192.0.2.7"), 202),
+        (("192.0.2.7", "198.51.100.9"), 403), (("2001:db8::7",), 202), (("2001:db9::7",), 403),
+        (("::ffff:192.0.2.7",), 202), (("192.0.2.7,",), 403), (("",), 403), ((",",), 403),
+        (("unknown",), 403), (("192.0.2.7 ",), 202), (("192.0.2.256",), 403), (("192.0.2",), 403),
+        (("0xC0000207",), 403), (("192.0.2.07",), 403), (("192.0.2.7/24",), 403),
+        (("2001:db8::ffff:7",), 202))
+
+    def check_forwarded(self, daemon):
+        for values, status in self.FORWARDED:
+            with self.subTest(values):
+                lines = [b"X-Forwarded-For: " + value.encode() for value in values]
+                self.assert_answer(daemon.exchange(with_fields(*lines)), status)
+
+    def test_behind_a_proxy_the_last_forwarded_address_decides(self):
+        daemon = self.serve(hook("true"), allow_from="192.0.2.0/24 2001:db8::/32")
+        self.check_forwarded(daemon)
+        self.assert_answer(daemon.push(), 403, "address")
+
+    def test_over_a_unix_socket_nobody_enters_without_a_name(self):
+        daemon = self.serve(hook("true"), allow_from="192.0.2.0/24 2001:db8::/32",
+                            listen=f"unix:{self.home}/hookd.sock")
+        self.assert_answer(daemon.push(), 403, "address")
+        self.check_forwarded(daemon)
+
+    def test_a_peer_elsewhere_is_not_believed_about_its_address(self):
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))  # sends nothing: asks the kernel for our address
+            except OSError:
+                self.skipTest("this machine has no address but loopback")
+            address = probe.getsockname()[0]
+        daemon = self.serve(hook("true"), listen=f"{address}:0", allow_from="203.0.113.0/24")
+        self.assert_answer(daemon.post(push_of(), X_Forwarded_For="203.0.113.7"), 403, "address")
+        daemon.stop()
+        daemon.configure(self.ini(hook("true"), listen=f"{address}:0", allow_from=address))
+        daemon.start()
+        self.assert_answer(daemon.post(push_of(), X_Forwarded_For="203.0.113.7"), 202)
+
+    def test_quiet_gives_nothing_away(self):
+        daemon = self.serve(hook(NOTE), quiet="yes", path="/hook", max_body="64K")
+        body = json.dumps(push_of()).encode()
+        rows = {"a push": request(body, path="/hook"), "a path": request(body),
+                "a method": request(method="GET", path="/hook"),
+                "no JSON": request(b"{", path="/hook"),
+                "a secret": request(body, "wrong", path="/hook"),
+                "a type": request(body, path="/hook", Content_Type="text/plain"),
+                "a size": request(b"x" * 65537, path="/hook"),
+                "unsigned": request(body, path="/hook", X_Hub_Signature_256=None)}
+        for name, raw in rows.items():
+            with self.subTest(name):
+                answer = daemon.exchange(raw)
+                self.assertEqual((answer.status, answer.text), (200, "ok\n"))
+                self.assertNotIn("allow", answer.headers)
+        self.assert_answer(daemon.exchange(b"nonsense\r\n\r\n"), 400)
+        daemon.wait_for_log("signature does not match")
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("commit")])
+
+
+# ---------------------------------------------------------------- What strangers cost
+
+
+def processor(daemon):
+    """Return the processor time that a daemon has used, in seconds (clock_getcpuclockid(3))."""
+    return time.clock_gettime((~daemon.process.pid << 3) | 2)
+
+
+def memory(daemon, name="VmHWM"):
+    """Return a figure of /proc/PID/status in bytes."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024
+
+
+def cost(daemon, raw, times=8, rounds=3):
+    """Return the processor time that one request costs, the best of a few rounds."""
+    best = []
+    for _ in range(rounds):
+        began = processor(daemon)
+        for _ in range(times):
+            daemon.exchange(raw)
+        best.append((processor(daemon) - began) / times)
+    return min(best)
+
+
+N = 15_000
+
+
+def unsigned(*lines, path=b"/", method=b"POST"):
+    """Return a head without a signature."""
+    return b"\r\n".join([method + b" " + path + b" HTTP/1.1", b"Host: a", *lines, b"", b""])
+
+
+def filler(name):
+    """Return heads whose field `name` is full of what a pattern might look at twice."""
+    parts = (b" ", b"\t", b" \t", b"a ", b",", b", ", b";", b" ;", b"/", b"0", b"9", b".", b":",
+             b"1.", b"=", b"%", b"\xff", b'"', b"\\", b"(", b"-", b"a:")
+    for part in parts:
+        for end in (b"", b"\x01", b"x"):
+            yield (part, end), unsigned(name + b":" + part * (N // len(part)) + end)
+
+
+def form_of(message):
+    """Return the body of a form delivery of a push with this message, in UTF-8."""
+    payload = push_of(head_commit={"id": sha("commit"), "message": message})
+    text = json.dumps(payload, ensure_ascii=False)
+    return urllib.parse.urlencode({"payload": text}).encode()
+
+
+class Cost(Case):
+    """What one stranger's byte costs: a ratio to the plain case, so that any machine can judge."""
+
+    def test_no_head_costs_more_processor_time_than_a_plain_one(self):
+        daemon = self.serve(hook("true"), allow_from="127.0.0.0/8", quiet="no")
+        plain = cost(daemon, unsigned(b"X-Y: " + b"a" * N), 20)
+        names = (b"a", b"X-Forwarded-For", b"Content-Type", b"Content-Length", b"Connection",
+                 b"X-Hub-Signature-256", b"Transfer-Encoding", b"Expect", b"X-GitHub-Delivery")
+        rows = {(name, *what): raw for name in names for what, raw in filler(name)}
+        half = N // 2
+        for part in (b"/", b"a", b"/.", b"%2f", b"?", b"?&", b"//@", b"#", b"*", b"\x01"):
+            rows["path", part] = unsigned(path=b"/" + part * (half // len(part)))
+            rows["URL", part] = unsigned(path=b"http://" + part * (half // len(part)))
+        for part in (b"A", b"!", b"a-", b"/", b"\t", b"\xff"):
+            rows["method", part] = unsigned(method=part * (half // len(part)))
+        rows["names"] = unsigned(*[b"a" * 150 + b":"] * 99)
+        rows["a name"] = unsigned(b"a" * N)
+        rows["a name and a space"] = unsigned(b"a" * N + b" :")
+        rows["colons"] = unsigned(b":" * N)
+        rows["returns"] = unsigned(b"X-Y: " + b"\r" * N)
+        rows["lines"] = unsigned(b"X-Y: " + b"\n" * N)
+        for name, raw in rows.items():
+            with self.subTest(name):
+                self.assertLess(cost(daemon, raw, 4, 1), 6 * plain + 0.0005)
+        self.assert_answer(daemon.push(), 202)
+
+    def test_no_field_of_a_signed_body_costs_more_than_a_plain_push(self):
+        daemon = self.serve(hook("true", "*", paths="docs/*/*.md\n*x*y*z"),
+                            variables={"PYTHONINTMAXSTRDIGITS": "0"})
+        size = 400_000
+        commits = [{"id": sha(number), "added": ["a/b"], "removed": [], "modified": ["c"],
+                    "message": "Say hello"} for number in range(size // 160)]
+        plain = cost(daemon, request(push_of(commits=commits[:2000])), 3)
+        rows = {}
+        for part in (" ", "a", "/", "a/", "0", "\x1b", "\n", "\r\n", "\ud800", "é", "x", ".", "{"):
+            text = part * (size // len(json.dumps(part)))
+            rows["ref", part] = push_of(ref="refs/heads/" + text)
+            rows["commit", part] = push_of(after=text)
+            rows["before", part] = push_of(before=text)
+            rows["repository", part] = push_of(repository={"full_name": "o/" + text})
+            rows["pusher", part] = push_of(pusher={"name": text})
+            rows["message", part] = push_of(head_commit={"id": sha(1), "message": text})
+            rows["file", part] = push_of(commits=[{"added": [text], "removed": [], "modified": []}])
+        raws = {name: request(json.dumps(payload).encode()) for name, payload in rows.items()}
+        for number in (b"9" * size, b"-" + b"9" * size, b"0." + b"9" * size, b"1e" + b"9" * size):
+            body = json.dumps(push_of()).encode()
+            body = re.sub(rb'"pushed_at": \d+', b'"pushed_at": ' + number, body)
+            raws["number", number[:3]] = request(body)
+        for name, raw in raws.items():
+            with self.subTest(name):
+                self.assertLess(cost(daemon, raw, 1, 1), 10 * plain + 0.05)
+        self.assert_answer(daemon.push(commits=[]), 202)
+
+    def test_bodies_in_flight_are_bounded_whoever_gives_way(self):
+        daemon = self.serve(hook("true", "*"))
+        self.assert_answer(daemon.push("before"), 202)
+        before = memory(daemon)
+        head = request(b"", "wrong", Content_Length=20_000_000)
+        with ExitStack() as stack:
+            for _ in range(800):  # the oldest, which give way first and free a byte each
+                stack.enter_context(closing(daemon.connect())).sendall(head + b"x")
+            for _ in range(10):
+                one = stack.enter_context(closing(daemon.connect()))
+                with suppress(ConnectionError):
+                    one.sendall(head + b"x" * 19_000_000)
+            self.assert_answer(daemon.push("after"), 202)
+        self.assertLess(memory(daemon) - before, 90_000_000)
+
+    def test_a_number_of_many_digits_is_refused_whatever_python_would_do(self):
+        daemon = self.serve(hook(NOTE), variables={"PYTHONINTMAXSTRDIGITS": "0"})
+        for digits, status in ((b"9" * 5000, 400), (b"9" * 2_000_000, 400), (b"1" * 18, 202)):
+            with self.subTest(len(digits)):
+                body = json.dumps(push_of(id=7)).encode().replace(b'"id": 7', b'"id": ' + digits)
+                self.assert_answer(daemon.post(body), status)
+                plain = cost(daemon, request(b" " * len(body)), 2)
+                self.assertLess(cost(daemon, request(body), 2, 1), 10 * plain + 0.05)
+
+    FORMS = {  # bodies of form deliveries, with what they are answered
+        "an honest one": (lambda size: form_of("中" * (size // 9)), 202),
+        "escapes": (lambda size: b"payload=" + b"%7B" * (size // 3), 400),
+        "plus signs": (lambda size: b"payload=" + b"+" * size, 400),
+        "other fields": (lambda size: b"a=1&" * (size // 4) + form_of("Hello"), 400),
+        "nothing": (lambda size: b"&" * size, 400),
+        "equals signs": (lambda size: b"=" * size, 400),
+        "broken escapes": (lambda size: b"payload=" + b"%" * size, 400),
+        "many payloads": (lambda size: b"payload=%7B%7D&" * (size // 15), 400)}
+
+    def test_a_form_costs_little_more_memory_and_time_than_its_bytes(self):
+        size = 8_000_000
+        daemon = self.prepare(hook("true"))
+        times = {}
+        for name, (make, status) in self.FORMS.items():
+            with self.subTest(name):
+                raw = request(make(size), Content_Type="application/x-www-form-urlencoded")
+                daemon.start()
+                self.assert_answer(daemon.push("none"), 200)
+                before, began = memory(daemon), processor(daemon)
+                answer = daemon.exchange(raw)
+                times[name], peak = processor(daemon) - began, memory(daemon) - before
+                daemon.kill()
+                self.assert_answer(answer, status)
+                self.assertLess(peak, 8 * len(raw))
+                self.assertLess(times[name], 8 * times["an honest one"] + 0.1)
+
+    def test_what_is_kept_of_a_push_is_bounded(self):
+        daemon = self.serve(hook('env > "$HOME/said"', "*"))
+        large = "x" * 2_000_000
+        self.assertEqual(daemon.hookd("pause", "octo/site", "large").code, 0)
+        light = cost(daemon, request(push_of("other")), 10)
+        for number in range(2):
+            payload = push_of("large", sha(number), before=large, pusher={"name": large},
+                              head_commit={"id": sha(number), "message": large})
+            self.assert_answer(daemon.post(payload), 202)
+        self.assertLess(cost(daemon, request(push_of("other")), 10), 3 * light + 0.002)
+        self.assertEqual(daemon.hookd("resume", "octo/site", "large").code, 0)
+        told = daemon.settled("large")
+        self.assertEqual(told["state"], "ok")
+        self.assertLess(len(json.dumps(told)), 100_000)
+        self.assertLess(len(daemon.log), 1_000_000)
+        self.assertLess(max(map(len, daemon.read("said").splitlines())), 70_000)
+        self.assertLess(self.largest_value(daemon), 100_000)
+
+    def largest_value(self, daemon):
+        """Return the size of the largest value in the database."""
+        with closing(sqlite3.connect(daemon.state / "hookd.db")) as store:
+            names = [name for (name,) in store.execute(
+                "SELECT name FROM sqlite_master WHERE type = 'table'")]
+            rows = itertools.chain.from_iterable(
+                store.execute(f'SELECT * FROM "{name}"') for name in names)
+            return max(len(value) if isinstance(value, (str, bytes)) else 8
+                       for row in rows for value in row)
+
+    def test_unfinished_heads_of_refused_addresses_push_nobody_out(self):
+        heads, soft, hard = 2200, *resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard < 2 * heads:
+            self.skipTest(f"a process may have only {hard} files open")
+        if soft < 2 * heads:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        daemon = self.serve(hook("true", "*"), allow_from="192.0.2.0/24")
+        part = b"POST / HTTP/1.1\r\nX-Forwarded-For: 198.51.100.9\r\nX-Y: " + b"z" * 16_000
+        with ExitStack() as stack:
+            def strangers(count):
+                for _ in range(count):
+                    stack.enter_context(closing(daemon.connect())).sendall(part)
+
+            strangers(heads)
+            for number in range(20):
+                strangers(3)  # where some had to go, others come
+                payload = push_of(f"b{number}", note="x" * 20_000)
+                answer = daemon.post(payload, X_Forwarded_For="192.0.2.7")
+                self.assert_answer(answer, 202)
+
+    def test_the_oldest_unfinished_body_gives_way_and_not_the_largest(self):
+        daemon = self.serve(hook("true", "*"))
+        part = request(b"", "wrong", Content_Length=2_000_000) + b"x" * 1_000_000
+        with ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(closing(daemon.connect())).sendall(part)
+            self.assert_answer(daemon.push("large", note="x" * 5_000_000), 202)
+            self.assert_answer(daemon.push("small"), 202)
+
+
+class Secrets(Case):
+    """However many secrets there are, nobody can make hookd compute for all of them at length."""
+
+    COUNT = 200
+
+    def sections(self):
+        return [section(f"octo/r{number} main", command="true", secret=f"secret {number}")
+                for number in range(self.COUNT)]
+
+    def test_each_of_many_secrets_is_accepted_for_its_own(self):
+        daemon = self.serve(*self.sections())
+        for number in (0, 99, self.COUNT - 1):
+            with self.subTest(number):
+                payload = push_of(repo=f"octo/r{number}", note="x" * 200_000)
+                self.assert_answer(daemon.post(payload, secret=f"secret {number}"), 202)
+                self.assert_answer(daemon.post(payload, secret=f"secret {number - 1}"), 403)
+
+    def test_a_large_push_is_taken_from_a_webhook_that_is_known(self):
+        daemon = self.serve(*self.sections())
+        last = f"octo/r{self.COUNT - 1}"
+        for size in (10, 5_000_000):
+            answer = daemon.post(push_of(repo=last, note="x" * size), X_GitHub_Hook_ID=7,
+                                 secret=f"secret {self.COUNT - 1}")
+            self.assert_answer(answer, 202, last)
+
+    def test_the_work_for_a_large_body_does_not_grow_with_the_secrets(self):
+        body = b"x" * 25_000_000
+        few = self.serve(*self.sections()[:4])
+        bound = cost(few, request(body, "wrong"), 1, 2)
+        few.kill()
+        many = self.prepare(*self.sections())
+        many.start()
+        self.assertLess(cost(many, request(body, "wrong"), 1, 2), 4 * bound)
+
+
+CERTIFICATES = (  # two self-signed ones with their keys, made for these tests alone
+    """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgWr1BIgGeB7AxJ6Xi
+ciRtg0blXN+sCbQ9fxyH2S1D9aWhRANCAARlV8KVR7ATAFVK76sFfsmYr9LF5EA+
+u9dS51K1zUYlOMh4zFSuNYqOb0WwmZ9QN4qDGJqjm5wp2iaCAthDeV4p
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBoTCCAUegAwIBAgIUH6vpu7b4VcHixmjIMdR8ceNG8wwwCgYIKoZIzj0EAwIw
+FzEVMBMGA1UEAwwMaG9va2QtdGVzdC0xMCAXDTI2MTEyMTAxNTk0NloYDzIxMjYx
+MDI4MDE1OTQ2WjAXMRUwEwYDVQQDDAxob29rZC10ZXN0LTEwWTATBgcqhkjOPQIB
+BggqhkjOPQMBBwNCAARlV8KVR7ATAFVK76sFfsmYr9LF5EA+u9dS51K1zUYlOMh4
+zFSuNYqOb0WwmZ9QN4qDGJqjm5wp2iaCAthDeV4po28wbTAdBgNVHQ4EFgQU3HUN
+tuiJ6owqSZhkJzTOrjsGfCUwHwYDVR0jBBgwFoAU3HUNtuiJ6owqSZhkJzTOrjsG
+fCUwDwYDVR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEw
+CgYIKoZIzj0EAwIDSAAwRQIgMADb6BwlGB1UYrTKE/RFKhW0ONWweGLLedwdWV9a
+oxgCIQDun2hlqhgmHrvnc943yUd6KvVfTMckEqUKS+VrNCJPzw==
+-----END CERTIFICATE-----
+""",
+    """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgzmQUFut5QfimSptC
+9oQI5cshk0/aGwO3XGd6UZpSF8mhRANCAAQCz9dsjteEDBNSTibjyVMWuWfwrgxS
+50i+juwhLwOq4UL8y3BPSNQr2O35thKIk4UpmusQVA+vfWgDvvN/r9cX
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBoTCCAUegAwIBAgIUf+0DbCguCwLnx8YeeMpcKwUhODYwCgYIKoZIzj0EAwIw
+FzEVMBMGA1UEAwwMaG9va2QtdGVzdC0yMCAXDTI2MTEyMTAxNTk0NloYDzIxMjYx
+MDI4MDE1OTQ2WjAXMRUwEwYDVQQDDAxob29rZC10ZXN0LTIwWTATBgcqhkjOPQIB
+BggqhkjOPQMBBwNCAAQCz9dsjteEDBNSTibjyVMWuWfwrgxS50i+juwhLwOq4UL8
+y3BPSNQr2O35thKIk4UpmusQVA+vfWgDvvN/r9cXo28wbTAdBgNVHQ4EFgQURSET
+b0HDAXxNcZKnECrByFTwBmIwHwYDVR0jBBgwFoAURSETb0HDAXxNcZKnECrByFTw
+BmIwDwYDVR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEw
+CgYIKoZIzj0EAwIDSAAwRQIgUVgRqIs86KlKi4dImspNvjgJtoDXIi96du5TImzy
+OH8CIQCYm7uoXbn1TsRVmetmO2DrRjlNnaoll1niiX/dMU0IpQ==
+-----END CERTIFICATE-----
+""",
+)
+
+
+class Tls(Case):
+    """HTTPS by hookd itself."""
+
+    def serve_tls(self, number, *sections, **keys):
+        """Return a daemon that answers over TLS with the certificate of that number."""
+        self.install(number)
+        return self.serve(*sections, tls_cert=self.home / "tls.pem",
+                          tls_key=self.home / "tls.pem", **keys)
+
+    def install(self, number):
+        path = self.home / "tls.pem"
+        path.write_text(CERTIFICATES[number])
+        path.chmod(0o600)
+
+    def connect(self, daemon):
+        """Return a TLS connection; its certificate is not verified, only looked at."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context.wrap_socket(daemon.connect(), server_hostname="localhost")
+
+    def exchange(self, daemon, raw):
+        with closing(self.connect(daemon)) as one, one.makefile("rb") as stream:
+            one.sendall(raw)
+            return read_answer(stream)
+
+    def certificate(self, daemon):
+        with closing(self.connect(daemon)) as one:
+            return ssl.DER_cert_to_PEM_cert(one.getpeercert(binary_form=True))
+
+    def test_a_push_arrives_over_tls(self):
+        daemon = self.serve_tls(0, hook(NOTE))
+        self.assert_answer(self.exchange(daemon, request(push_of())), 202)
+        large = push_of(commit=sha("large"), note="x" * 3_000_000)
+        self.assert_answer(self.exchange(daemon, request(large)), 202)
+        daemon.settle()
+        self.assertEqual(daemon.seen(), [sha("commit"), sha("large")])
+
+    def test_a_handshake_that_never_ends_blocks_nobody(self):
+        daemon = self.serve_tls(0, hook("true"))
+        with ExitStack() as stack:
+            for start in (b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", b"\x80" * 50):
+                one = stack.enter_context(closing(daemon.connect()))
+                one.sendall(start)
+            self.assert_answer(self.exchange(daemon, request(push_of())), 202)
+
+    def test_a_renewed_certificate_is_taken_at_a_reload(self):
+        daemon = self.serve_tls(0, hook("true"))
+        self.assertIn(self.certificate(daemon), CERTIFICATES[0])
+        self.install(1)
+        self.assertIn(self.certificate(daemon), CERTIFICATES[0])
+        daemon.tell(signal.SIGHUP)
+        daemon.wait(lambda: self.certificate(daemon) in CERTIFICATES[1], "the new certificate")
+        self.assert_answer(self.exchange(daemon, request(push_of())), 202)
+
+    def test_a_certificate_that_cannot_be_read_is_told(self):
+        (self.home / "tls.pem").write_text("no certificate\n")
+        daemon = self.prepare(hook("true"), tls_cert=self.home / "tls.pem",
+                              tls_key=self.home / "tls.pem")
+        told = daemon.hookd("check")
+        self.assertEqual(told.code, 78)
+        self.assertIn("tls_cert", told.err + told.out)
+
+    def test_send_speaks_tls_to_its_own_daemon(self):
+        daemon = self.serve_tls(0, hook(NOTE))
+        self.assertEqual(daemon.hookd("send", "octo/site", "main", "--wait").code, 0)
+        self.assertEqual(len(daemon.seen()), 1)
+
+
 # ---------------------------------------------------------------- Signals
 
 
@@ -6258,6 +6256,8 @@ class Forge(socketserver.ThreadingMixIn, HTTPServer):
 
 
 class ForgeHandler(BaseHTTPRequestHandler):
+    """Note a commit status, and answer as the forge was told."""
+
     protocol_version = "HTTP/1.1"  # so that a connection stays open behind an answer
 
     def do_POST(self):
