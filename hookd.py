@@ -3723,8 +3723,7 @@ class Daemon:
         """Judge a delivery; answer it, unless a hook takes it: then return it."""
         headers: Mapping[str, str] = connection.headers  # type: ignore[assignment]
         try:
-            with connection.rfile.getbuffer() as body:
-                decision = self.decide(headers, body)
+            decision = self.decide(headers, connection.rfile.getvalue())  # which copies nothing
         except Refusal as refusal:
             self.refused(connection, refusal)
             return None
@@ -3734,7 +3733,7 @@ class Daemon:
         self.reply(Answer(connection, delivery, decision.status, decision.text))
         return None
 
-    def decide(self, headers: Mapping[str, str], body: memoryview) -> Decision:
+    def decide(self, headers: Mapping[str, str], body: bytes) -> Decision:
         """Return what judgement makes of a request; raise Refusal for a signature of nobody."""
         webhook = headers.get("x-github-hook-id", "")[:20]
         secrets = dict.fromkeys(filter(None, [self.hints.get(webhook), *self.keyring.every]))
