@@ -3608,8 +3608,9 @@ def step(event, arguments):
             with open(HOME + "/stop-at") as file:
                 wanted = int(file.read())
             if next(numbers) == wanted:
-                with open(HOME + "/held", "w") as file:
+                with open(HOME + "/held.new", "w") as file:
                     file.write(event)
+                os.rename(HOME + "/held.new", HOME + "/held")
                 while True:
                     time.sleep(60)
 
@@ -7760,7 +7761,10 @@ until [ -e "$HOME/gate" ] || [ -e "$HOME/gate.$HOOKD_RUN" ] || [ -e "$HOME/gate.
     sleep 0.05
 done
 """
-WHO = pwd.getpwuid(os.geteuid()).pw_name
+try:
+    WHO = pwd.getpwuid(os.geteuid()).pw_name
+except KeyError:  # a container's user may have no name
+    WHO = str(os.geteuid())
 WHERE = ("octo/site", "main")
 OLD, NEW = sha("old"), sha("new")
 
