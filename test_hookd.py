@@ -3742,7 +3742,7 @@ class Site(Case):
         """Return the section of a hook that makes releases; `keys` change it, None removes."""
         return section(f"octo/site {branch}", without_none({
             "git": self.home / "origin", "directory": self.home / "live", "releases": 3,
-            "catch_up": "no", "healthcheck_timeout": "1s" if "healthcheck" in self.keys else None,
+            "catch_up": "no", "healthcheck_timeout": "3s" if "healthcheck" in self.keys else None,
             "command": 'echo "build $(cat page)" >> "$HOME/trace"\n. ./build',
             "activate": 'echo "activate $(cat page)" >> "$HOME/trace"\n. ./activate',
             **self.keys, **keys}))
@@ -4699,7 +4699,7 @@ class Healthcheck(Site):
 
     def test_an_answer_that_never_comes_is_not_waited_for_longer_than_the_timeout(self):
         probe = self.probe()
-        self.site(healthcheck=probe.url())
+        self.site(healthcheck=probe.url(), healthcheck_timeout="1s")
         self.deploy("slow", "failed")
         self.assertRegex(self.daemon.output(1), "(?i)timed out|no answer")
         wait_for(lambda: probe.left, "the client to give up")
@@ -6916,7 +6916,7 @@ class Reports(ReportCase):
     def test_a_run_is_shown_on_the_commit_that_it_deploys(self):
         forge, origin = self.forge(), self.repository()
         commit = origin.commit(index="one")
-        daemon = self.report_to(forge, hook(NOTE, git=origin.path),
+        daemon = self.report_to(forge, hook(NOTE, git=origin.path), catch_up="no",
                                 report_url="https://x.test/{repo}/{slug}#run-{run}")
         self.assert_answer(daemon.push(commit=sha("claimed")), 202)
         self.wait_for_states(daemon, forge, "pending", "success")
@@ -6964,7 +6964,7 @@ class Reports(ReportCase):
     def test_what_fails_before_the_commit_is_known_is_shown_on_the_pushed_one(self):
         forge, origin = self.forge(), self.repository()
         origin.commit(index="one")
-        daemon = self.report_to(forge, hook(NOTE, "*", git=origin.path))
+        daemon = self.report_to(forge, hook(NOTE, "*", git=origin.path), catch_up="no")
         daemon.push("nobranch", sha("pushed"))
         daemon.wait(lambda: forge.states()[-1:] == ["failure"], "the failure")
         self.assertEqual({one.path.rpartition("/")[2] for one in forge.taken}, {sha("pushed")})
@@ -8288,8 +8288,8 @@ echo "$HOOKD_COMMIT" >> "$HOME/seen.$HOOKD_SLUG"
             with self.subTest(paused_before=why):
                 if why:
                     self.did(daemon, "pause", *WHERE, "-m", why)
-                running = Verb(daemon, "run", *WHERE, "--commit", sha(2))
                 number = len(daemon.states()) + 1
+                running = Verb(daemon, "run", *WHERE, "--commit", sha(2))
                 self.begun(daemon, number)
                 daemon.kill()  # what is queued now cannot begin
                 self.did(daemon, "rollback", *WHERE, code=1, says="begins when it starts")
