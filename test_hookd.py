@@ -7287,6 +7287,13 @@ class Decisions(unittest.TestCase):
         hook("true", "replaced", queue="replace"), hook("true", "newest", queue="newest"),
         hook("true", "gone", on_delete="true"), hook("true", "*", directory="/srv/shared")))
 
+    one_at_a_time = threading.Lock()  # a logger has one list of handlers, for all threads
+
+    @contextmanager
+    def errors_logged(self):
+        with self.one_at_a_time, self.assertLogs("hookd", "ERROR") as log:
+            yield log
+
     def setUp(self):
         self.state = tempfile.mkdtemp(prefix="hookd-test-")
         self.addCleanup(shutil.rmtree, self.state)
@@ -7365,12 +7372,12 @@ class Decisions(unittest.TestCase):
     def test_a_value_that_raises_costs_itself_alone(self):
         bad = self.delivered("b")
         bad = bad._replace(decision=bad.decision._replace(push=None))
-        with self.assertLogs("hookd", "ERROR") as log:
+        with self.errors_logged() as log:
             effects = self.turn(self.delivered("a"), bad, self.delivered("c"))
         self.assertEqual(self.answers(effects), [("a", 202), ("b", 500), ("c", 202)])
         self.assertEqual(self.begun(effects), [1, 2])
         self.assertIn("Traceback", log.output[0])
-        with self.assertLogs("hookd", "ERROR"):
+        with self.errors_logged():
             effects = self.turn(self.ended(1, "no state"), self.ended(2, "failed", exit=3))
         self.assertEqual(self.states(), {1: "running", 2: "failed"})
         effects = self.turn(self.delivered("gone"))
@@ -7380,7 +7387,7 @@ class Decisions(unittest.TestCase):
         self.turn(self.delivered())
         end = self.ended(1)
         self.turn(end)
-        with self.assertLogs("hookd", "ERROR"):
+        with self.errors_logged():
             self.turn(end._replace(outcome=hookd.Outcome("failed", 1)))
         self.assertEqual(self.states(), {1: "ok"})
 
