@@ -2492,7 +2492,7 @@ class Locks(Case):
         self.wait_for_status(daemon, "(?i)lock")
         daemon.push("dev")
         self.assertEqual(daemon.wait_for("seen"), "dev\n")
-        self.assertEqual(daemon.states()[1], "queued")
+        daemon.wait(lambda: daemon.states()[1] == "queued", "the run to wait for the lock again")
         os.killpg(escaped, signal.SIGKILL)
         daemon.wait(lambda: daemon.states()[1] == "ok", "the directory to be free")
 
