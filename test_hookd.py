@@ -4980,7 +4980,8 @@ class Recovery(Case):
         self.assertEqual(daemon.seen(), [sha(1)])
 
 
-LONELY = 61_034  # a user without any other process, so that a limit on processes is exact
+# A user without any other process, of this suite alone, so that a limit on processes is exact.
+LONELY = 61_000 + os.getpid() % 4_000
 LONELY_USER = ["prlimit", "--nproc=24", "setpriv", f"--reuid={LONELY}", f"--regid={LONELY}",
                "--clear-groups", "--inh-caps=+dac_read_search",  # it may read this Python
                "--ambient-caps=+dac_read_search"]
