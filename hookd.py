@@ -938,7 +938,6 @@ CREATE TABLE totals (repo TEXT, branch TEXT, state TEXT, runs INTEGER, ended REA
     PRIMARY KEY (repo, branch, state)) WITHOUT ROWID;
 CREATE TABLE asks (repo TEXT, ref TEXT);        -- what `resume` wants catch-up to look at
 CREATE INDEX runs_of_target ON runs (target, seq);
-CREATE INDEX runs_of_delivery ON runs (delivery);
 CREATE INDEX runs_waiting ON runs (waits, rank, id) WHERE state = 'queued';
 CREATE INDEX runs_timed ON runs (not_before) WHERE state = 'queued' AND waits = 'time';
 CREATE INDEX runs_open ON runs (target, ref) WHERE state IN ('queued', 'running');
@@ -1211,10 +1210,10 @@ class Store:
 
     def move(self, number: int, state: str, **facts: Any) -> None:
         """Make one move of a run, and write what follows; refuse a move that is not in MOVES."""
-        sql = """SELECT r.state, r.cause, r.lock, t.directory, r.repo, r.ref, r.reported, r.deleted
-            FROM runs r JOIN targets t ON t.id = r.target WHERE r.id = ?"""
+        sql = """SELECT r.state, r.waits, r.cause, r.lock, t.directory, r.repo, r.ref, r.reported,
+            r.deleted FROM runs r JOIN targets t ON t.id = r.target WHERE r.id = ?"""
         row = self.execute(sql, number).fetchone()
-        old, cause, lock, directory, repo, ref, reported, deleted = row
+        old, waits, cause, lock, directory, repo, ref, reported, deleted = row
         if state not in MOVES.get(old, ()):
             raise ValueError(f"run {number} cannot go from {old} to {state}")
         ends, now = state not in MOVES, time.time()
@@ -1222,7 +1221,7 @@ class Store:
             facts.update(payload=None, ended=now, waits="", wish="")
         changes = ", ".join(f"{name} = ?" for name in ("state", *facts))
         self.execute(f"UPDATE runs SET {changes} WHERE id = ?", state, *facts.values(), number)
-        if state != "running":
+        if state != "running" and not waits:  # else it kept nobody waiting
             self.wake(*lock_names(directory, lock))
         if ends and (reported or (old == "running" and state != "superseded" and not deleted)):
             self.execute("INSERT INTO reports (run, state) VALUES (?, ?)", number, state)
