@@ -1,8 +1,6 @@
-"""What every check of .ci stands on: all that test_hookd.py has, and what Linux says of processes.
+"""What every check stands on: all that test_hookd.py has, other servers, processes, tools."""
 
-A check takes both from here, so that it meets test_hookd in one place.
-"""
-
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -52,6 +51,43 @@ def prepare(home, *sections, kind=Daemon, variables=None, **keys):
     home.mkdir(parents=True)
     head = {"listen": "127.0.0.1:0", "state": home / "state", "log": "stderr", "secret": SECRET}
     return kind(home, "\n".join([section("hookd", {**head, **keys}), *sections]), variables)
+
+
+class Program:
+    """Another server: its folder, port, command, process, and what it wrote."""
+
+    path = "/"
+
+    def __init__(self, name, folder):
+        self.name, self.folder, self.command, self.process = name, folder, [], None
+        folder.mkdir(parents=True, exist_ok=True)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+
+    @property
+    def log(self):
+        return (self.folder / "log").read_text(errors="replace")
+
+    @property
+    def pid(self):
+        return self.process.pid
+
+    def start(self):
+        """Start it and wait until it takes connections."""
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=log, cwd=self.folder)
+
+        def listens():
+            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return True
+        wait_for(listens, f"{self.name} to listen", lambda: self.log)
+        return self
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(15)
 
 
 def run_number(answer):
@@ -147,21 +183,40 @@ def install(*programs):
     return present
 
 
-def node(script, packages, *arguments):
-    """Run a module of .ci under node with these npm packages, installed once for each list of
-    them, and return what it prints, a JSON value a line.
-    """
+def installed(names, install):
+    """Return a folder into which `install(folder)` put what these names say, once for all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = cache / f"hookd-ci-{hashlib.sha256(repr(packages).encode()).hexdigest()[:16]}"
-    if not (place / "node_modules" / ".package-lock.json").exists():
-        place.mkdir(parents=True, exist_ok=True)
+    place = cache / f"hookd-ci-{hashlib.sha256(repr(names).encode()).hexdigest()[:16]}"
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "installed", "a+") as done:
+        fcntl.flock(done, fcntl.LOCK_EX)
+        if not done.tell():
+            install(place)
+            done.write("yes")
+    return place
+
+
+def node(script, packages, *arguments):
+    """Run a module of .ci under node with these npm packages, and return what it prints, a JSON
+    value a line.
+    """
+    def install(place):
         (place / "package.json").write_text('{"type": "module"}')
         sh("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--save-exact",
            "--loglevel=error", *packages, cwd=place)
+    place = installed(packages, install)
     shutil.copy(HERE / script, place)
     done = subprocess.run(["node", place / script, *arguments], check=True, timeout=120,
                           stdout=subprocess.PIPE)
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def python_with(*packages):
+    """Return a Python that has these packages from PyPI."""
+    def install(place):
+        sh(sys.executable, "-m", "venv", place)
+        sh(place / "bin/pip", "-q", "install", "--disable-pip-version-check", *packages)
+    return installed([*packages, sys.version], install) / "bin/python3"
 
 
 def machine(folder):
