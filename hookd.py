@@ -250,6 +250,8 @@ class Decision(NamedTuple):
 REPOSITORY = re.compile(r"(?!\.\.?/)[\w.-]{1,100}/(?:(?!\.\.?$)[\w.-]{1,100}|\*)", re.ASCII)
 NAME = "[A-Za-z_][A-Za-z0-9_]*"
 URL = r"https?://[^\s/?#]+(?:[/?#]\S*)?"
+COUNT = "[1-9][0-9]{0,8}"
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "K": 1024, "M": 1024**2, "G": 1024**3}
 PLACES = "{repo} {owner} {name} {branch} {slug}"
 WORK = "work/{repo}/{slug}"
 SCRIPTS = ("command", "activate", "on_success", "on_failure", "on_delete")
@@ -257,7 +259,7 @@ SECRETS = ("secret", "secret_file")
 FILES = ("state", "tls_cert", "tls_key", "page", "deploy_key", "directory", "environment_file",
          "report_token_file")
 # systemd.exec(5), EnvironmentFile=: quoted parts, which may span lines, then plain text.
-QUOTED = r"""[ \t]*(?:"(?:[^"\\]|\\[\s\S])*"|'[^']*')"""
+QUOTED = r"""[ \t]*(?:'([^']*)'|"((?:[^"\\]|\\[\s\S])*)")"""
 VARIABLE = re.compile(rf"^[ \t]*({NAME})[ \t]*=((?:{QUOTED})*)[ \t]*((?:[^\\\n]|\\[\s\S])*)",
                       re.MULTILINE)
 
@@ -266,57 +268,41 @@ def lines(text: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def quantity(what: str, units: Mapping[str, int], least: int = 1,
-             no: bool = False) -> Callable[[str], int]:
-    """Return the parser of whole numbers with a unit; with `no`, that word means 0."""
-    def parse(text: str) -> int:
-        match = re.fullmatch("([0-9]{1,9})([A-Za-z]?)", text)
-        if no and text == "no":
-            return 0
-        if not match or match[2] not in units or int(match[1]) < least:
-            raise ValueError(f"invalid {text!r}; use {what}")
-        return int(match[1]) * units[match[2]]
+def form(what: str, pattern: str = r"[\s\S]*",
+         convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Return the parser of texts that match a pattern and that `convert` takes, or of none."""
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError, KeyError):
+            if not text or re.fullmatch(pattern, text):
+                return convert(text)
+        raise ValueError(f"invalid {redact(text, ())!r}; use {what}")
     return parse
 
 
-def shaped(pattern: str, what: str) -> Callable[[str], str]:
-    """Return the parser of texts that match a pattern, or of none at all."""
-    def parse(text: str) -> str:
-        if text and not re.fullmatch(pattern, text):
-            raise ValueError(f"invalid {redact(text, ())!r}; use {what}")
-        return text
-    return parse
+def places(names: str) -> Callable[[str], str]:
+    """Return the parser of texts with no other name in braces than these."""
+    return form(names, rf"([^{{]|{'|'.join(map(re.escape, names.split()))})*")
 
 
-def placed(known: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        for word in re.findall(r"\{[^{}]*\}", text):
-            if word not in known.split():
-                raise ValueError(f"{word} is not known here; use {known}")
-        return text
-    return parse
+def amount(text: str) -> int:
+    """Return a number in its unit; `no` is 0."""
+    number = text.rstrip("".join(UNITS))
+    return 0 if text == "no" else int(number) * UNITS.get(text[len(number):], 1)
 
 
-def yes_or_no(text: str) -> bool:
-    states = configparser.RawConfigParser.BOOLEAN_STATES
-    if text.lower() not in states:
-        raise ValueError(f"invalid {text!r}; use yes or no")
-    return states[text.lower()]
+def truth(text: str) -> bool:
+    return configparser.RawConfigParser.BOOLEAN_STATES[text.lower()]
 
 
 def address(text: str) -> str:
-    match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):([0-9]{1,5})", text)
-    if not (re.fullmatch("unix:/.+", text) or (match and int(match[1]) < 65536)):
-        raise ValueError(f"invalid {text!r}; use 127.0.0.1:9000, [::1]:9000 or unix:/path")
+    if not text.startswith("unix:") and int(text.rpartition(":")[2]) > 65535:
+        raise ValueError("no port")
     return text
 
 
 def networks(text: str) -> tuple[Any, ...]:
     import ipaddress
-    try:
-        return tuple(ipaddress.ip_network(word) for word in text.split())
-    except ValueError as error:
-        raise ValueError(f"{error}; write networks like 192.30.252.0/22 2a0a:a440::/29") from None
+    return tuple(map(ipaddress.ip_network, text.split()))
 
 
 def variables(text: str) -> tuple[tuple[str, str], ...]:
@@ -330,33 +316,30 @@ def variables(text: str) -> tuple[tuple[str, str], ...]:
 def read_variables(text: str) -> dict[str, str]:
     """Return the variables of an environment file; raise ValueError for a name that is hookd's."""
     found = {}
-    for name, quoted, plain in VARIABLE.findall(text):
+    for name, quoted, _, _, plain in VARIABLE.findall(text):
         if name.startswith("HOOKD_"):
             raise ValueError(f"it sets {name}; names that begin with HOOKD_ are hookd's own")
-        parts = [part.lstrip() for part in re.findall(QUOTED, quoted)]
-        found[name] = "".join(
-            part[1:-1] if part[0] == "'" else re.sub(r'\\(?:\n|(["\\`$]))', r"\1", part[1:-1])
-            for part in parts) + re.sub(r"\\(?:\n|([\s\S]))", r"\1", plain.rstrip())
+        found[name] = "".join(single + re.sub(r'\\(?:\n|(["\\`$]))', r"\1", double)
+                              for single, double in re.findall(QUOTED, quoted))
+        found[name] += re.sub(r"\\(?:\n|([\s\S]))", r"\1", plain.rstrip())
     return found
 
 
-def shared_paths(text: str) -> tuple[str, ...]:
-    for line in lines(text):
-        if {"", ".", "..", ".git"} & set(line.rstrip("/").split("/")):
-            raise ValueError(f"{line!r} leads out of the release; write a path inside it, like "
-                             "uploads/ or .env")
+def inner_paths(text: str) -> tuple[str, ...]:
+    if any({"", ".", "..", ".git"} & set(line.rstrip("/").split("/")) for line in lines(text)):
+        raise ValueError("leads out")
     return lines(text)
 
 
 def key(default: str, parse: Callable[[str], Any] = str, secret: bool = False) -> Any:
-    metadata = {"parse": parse, "text": default}
-    return field(default=parse(default), repr=not secret, metadata=metadata)
+    value = parse(default)
+    metadata = {"parse": parse, "text": default, "default": value}
+    return field(default=value, repr=not secret, metadata=metadata)
 
 
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-BYTES = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
-duration = quantity("a duration like 90s, 15m, 2h or 1d", SECONDS)
-positive = quantity("a number from 1 up", {"": 1})
+duration = form("a duration like 90s, 15m, 2h or 1d", f"{COUNT}[smhd]", amount)
+positive = form("a number from 1 up", COUNT, amount)
+yes_or_no = form("yes or no", convert=truth)
 
 
 @dataclass(frozen=True)
@@ -370,23 +353,24 @@ class Hook:
     secret: tuple[str, ...] = key("", lines, secret=True)
     secret_file: str = key("")
     command: str = key("")
-    directory: str = key("", placed(PLACES))
-    git: str = key("", placed("{repo} {owner} {name}"))
+    directory: str = key("", places(PLACES))
+    git: str = key("", places("{repo} {owner} {name}"))
     deploy_key: str = key("")
     environment: tuple[tuple[str, str], ...] = key("", variables, secret=True)
     environment_file: str = key("")
     timeout: int = key("15m", duration)
-    queue: str = key("newest", shaped("newest|every|replace", "newest, every or replace"))
-    event: str = key("push", shaped("push|workflow_run|release", "push, workflow_run or release"))
+    queue: str = key("newest", form("newest, every or replace", "newest|every|replace"))
+    event: str = key("push", form("push, workflow_run or release", "push|workflow_run|release"))
     workflows: tuple[str, ...] = key("", lines)
     paths: tuple[str, ...] = key("", lines)
-    lock: str = key("", placed(PLACES))
-    catch_up: int = key("1h", quantity("no or a duration like 15m, 2h or 1d", SECONDS, no=True))
-    releases: int = key("no", quantity("no or a number from 2 up", {"": 1}, 2, no=True))
-    shared: tuple[str, ...] = key("", shared_paths)
+    lock: str = key("", places(PLACES))
+    catch_up: int = key("1h", form("no or a duration like 15m", f"no|{COUNT}[smhd]", amount))
+    releases: int = key("no", form("no or a number from 2 up", f"no|{COUNT}", amount))
+    shared: tuple[str, ...] = key("", form("paths inside the release, like uploads/ or .env",
+                                           convert=inner_paths))
     activate: str = key("")
-    healthcheck: str = key("", shaped(rf"{URL}|unix:/[^:]+:/\S*",
-                                      "http://127.0.0.1:8000/ or unix:/run/app.sock:/"))
+    healthcheck: str = key("", form("http://127.0.0.1:8000/ or unix:/run/app.sock:/",
+                                    rf"{URL}|unix:/[^:]+:/\S*"))
     healthcheck_timeout: int = key("30s", duration)
     skip: tuple[str, ...] = key("[skip deploy]", lines)
     on_success: str = key("")
@@ -394,8 +378,8 @@ class Hook:
     on_delete: str = key("")
     report_token: str = key("", secret=True)
     report_token_file: str = key("")
-    report_api: str = key("https://api.github.com", shaped(URL, "a URL like https://example.com"))
-    report_url: str = key("", placed(PLACES + " {run}"))
+    report_api: str = key("https://api.github.com", form("a URL like https://example.com", URL))
+    report_url: str = key("", places(PLACES + " {run}"))
 
     @property
     def ref_pattern(self) -> str:
@@ -429,33 +413,28 @@ class Config:
     common: Hook = field(repr=False)
     levels: Mapping[str, Mapping[str, str]] = field(repr=False)  # section -> key -> text
     base: str  # folder of relative names
-    listen: str = key("127.0.0.1:9000", address)
-    path: str = key("/", shaped(r'/[!-"$->@-~]*', "a path like /hook, without space, ? and #"))
+    listen: str = key("127.0.0.1:9000", form(
+        "127.0.0.1:9000, [::1]:9000 or unix:/path",
+        r"unix:/.+|(\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):[0-9]{1,5}", address))
+    path: str = key("/", form("a path like /hook, without space, ? and #", r'/[!-"$->@-~]*'))
     state: str = key("")
     jobs: int = key("2", positive)
     keep: int = key("50", positive)
-    max_body: int = key("25M", quantity("a size like 64K or 25M", BYTES))
-    log: str = key("auto", shaped("auto|syslog|stderr", "auto, syslog or stderr"))
+    max_body: int = key("25M", form("a size like 64K or 25M", f"{COUNT}[KMG]?", amount))
+    log: str = key("auto", form("auto, syslog or stderr", "auto|syslog|stderr"))
     tls_cert: str = key("")
     tls_key: str = key("")
     quiet: bool = key("no", yes_or_no)
     page: str = key("")
     page_output: bool = key("no", yes_or_no)
-    allow_from: tuple[Any, ...] = key("", networks)
-
-    @cached_property
-    def places(self) -> dict[str, dict[str, int]]:
-        """Return the sections of each repository or owner, with their places in the ini."""
-        found: dict[str, dict[str, int]] = {}
-        for place, (section, hook) in enumerate(self.hooks.items()):
-            found.setdefault(hook.repo.lower(), {})[section] = place
-        return found
+    allow_from: tuple[Any, ...] = key("", form("networks like 192.30.252.0/22",
+                                               convert=networks))
 
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         name = repo.lower()
-        both = {**self.places.get(name, {}), **self.places.get(name.partition("/")[0] + "/*", {})}
-        return [self.hooks[section] for section in sorted(both, key=both.__getitem__)]
+        names = (name, name.partition("/")[0] + "/*")
+        return [hook for hook in self.hooks.values() if hook.repo.lower() in names]
 
     def hook_for(self, push: Push) -> Optional[Hook]:
         """Return the hook that takes a push: the first match wins."""
@@ -466,9 +445,8 @@ class Config:
         return next((level for level in hook.levels if key in self.levels[level]), "")
 
 
-DAEMON_KEYS = {item.name: item for item in fields(Config) if item.metadata}
-HOOK_KEYS = {item.name: item for item in fields(Hook) if item.metadata}
-KEYS = {**DAEMON_KEYS, **HOOK_KEYS}
+HOOK_KEYS = {item.name: item.metadata for item in fields(Hook) if item.metadata}
+KEYS = {**HOOK_KEYS, **{item.name: item.metadata for item in fields(Config) if item.metadata}}
 
 
 class Ini:
@@ -478,7 +456,7 @@ class Ini:
         self.name, self.base = name, base  # of the file; of relative names
         self.problems: list[str] = []
         self.warnings: list[str] = []  # what only looks wrong
-        for strict in (True, False):  # the second time for what else there is beside a duplicate
+        for strict in (True, False):  # again, for what else there is beside a duplicate
             # No section is the default one: it has a name that no ini can spell.
             ini = configparser.RawConfigParser(strict=strict, default_section="\n")
             ini.SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as from 3.11 on: [octo/site v[0-9]]
@@ -488,17 +466,11 @@ class Ini:
             except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
                 fault = f"duplicate (line {error.lineno}); keep one"
                 self.problem(error.section, getattr(error, "option", ""), fault)
-            except configparser.MissingSectionHeaderError as error:
-                fault = "stands before the first [section]; begin with [hookd]"
-                self.problems.append(f"{name}: line {error.lineno} {fault}")
-                break
             except configparser.ParsingError as error:  # its own words would show a secret's line
-                for number, line in error.errors:
-                    opened = re.match(r"'?\s*\[[^\]]*(\\n)?'?$", line)
-                    fault = ("has no ] at its end; write [owner/repo branch]" if opened else
-                             "is no [section] and no `key = value`; indent what continues a value")
-                    self.problems.append(f"{name}: line {number} {fault}")
-                break
+                for number, _ in getattr(error, "errors", [(getattr(error, "lineno", 0), "")]):
+                    self.problems.append(
+                        f"{name}: line {number} is no [section] and no `key = value` in one; "
+                        "close the bracket, or indent what continues a value")
         self.levels = {section: dict(ini[section]) for section in ini.sections()}
 
     def problem(self, section: str, key: str, fault: str, warns: bool = False) -> None:
@@ -511,28 +483,27 @@ class Ini:
 
     def value(self, section: str, key: str, text: str) -> Any:
         """Return what a setting says, where it stands; raise ValueError."""
+        known = KEYS if section == "hookd" else HOOK_KEYS
         if key not in KEYS:
             import difflib
-            near = difflib.get_close_matches(key, KEYS if section == "hookd" else HOOK_KEYS, n=1)
-            remedy = f"did you mean {near[0]}?" if near else "hookd.ini lists all there are"
-            raise ValueError(f"unknown setting; {remedy}")
-        if key in DAEMON_KEYS and section != "hookd":
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ValueError(f"unknown setting; did you mean {near[0]}?")
+        if key not in known:
             raise ValueError("is for the whole daemon; move it to [hookd]")
-        if "\0" in text:
-            raise ValueError("has a NUL in it; take it out")
         if key in FILES and text.startswith("~"):
             raise ValueError("begins with ~, which stays as it is; write the whole path")
-        given = text or key == "skip"  # none at all is a choice
-        parsed = KEYS[key].metadata["parse"](text) if given else KEYS[key].default
-        return os.path.join(self.base, text) if key in FILES and text else parsed
+        if not text and key != "skip":  # none at all is a choice
+            return KEYS[key]["default"]
+        parsed = KEYS[key]["parse"](text)
+        return os.path.join(self.base, text) if key in FILES else parsed
 
     def look_twice(self, section: str, key: str, text: str) -> None:
         """Warn where a value looks like a comment or a setting that was taken for its text."""
-        if key in SCRIPTS:
-            for name in KEYS.keys() & set(re.findall(r"(?m)^\s*(\w+)\s+=", text)):
-                fault = f"its line `{name} = ` is shell; delete the indentation to set {name}"
-                self.problem(section, key, fault, warns=True)
-        elif re.search(r"\s#" if key == "environment" else r"\s[#;]", text) and key not in SECRETS:
+        names = KEYS.keys() & set(re.findall(r"(?m)^\s*(\w+)\s+=", text))
+        if key in SCRIPTS and names:
+            fault = f"its line `{min(names)} =` is shell; delete the indentation to set that"
+            self.problem(section, key, fault, warns=True)
+        elif key not in SCRIPTS and re.search(r"\s[#;]", text):
             fault = "its value has the `#` or `;` in it; a comment needs a line of its own"
             self.problem(section, key, fault, warns=True)
 
@@ -540,12 +511,12 @@ class Ini:
         """Return what a section sets; report what is wrong with its settings."""
         values: dict[str, Any] = {}
         for key, text in self.levels[section].items():
+            values[key] = text  # not missing, if only to be mended
             try:
                 values[key] = self.value(section, key, text)
                 self.look_twice(section, key, text)
             except ValueError as error:
                 self.problem(section, key, str(error))
-                values[key] = text  # not missing, if only to be mended
         if set(SECRETS) & set(values):  # the two are one setting
             values = {"secret": (), "secret_file": "", **values}
         return values
@@ -562,20 +533,22 @@ class Ini:
 
     def judge(self, hook: Hook) -> None:
         """Report what does not go together in a hook."""
-        place = hook.section
-        if not hook.command and not hook.git:
-            self.problem(place, "command", "is missing; set command, or git, or both")
-        own = self.levels[place]  # a default need not concern every hook
-        for key, given in (("releases", hook.releases), ("deploy_key", "deploy_key" in own)):
-            if given and not hook.git:
-                self.problem(place, key, "needs git; set git to the repository's URL")
-        if "shared" in own and not hook.releases:
-            self.problem(place, "shared", "needs releases; set releases to how many to keep")
-        if "workflows" in own and hook.event != "workflow_run":
-            self.problem(place, "workflows", "needs event; set event = workflow_run")
-        if hook.event == "workflow_run" and not hook.workflows:
+        own = self.levels[hook.section]  # a default need not concern every hook
+        keyed = "deploy_key" in own and not hook.git
+        tested = hook.event == "workflow_run"
+        for key, wrong, fault in (
+                ("command", not hook.command and not hook.git, "is missing; set it, or git"),
+                ("releases", hook.releases and not hook.git, "needs git; set git to a URL"),
+                ("releases", hook.releases == 1, "is too few; use a number from 2 up"),
+                ("deploy_key", keyed, "needs git; set git to the repository's URL"),
+                ("shared", "shared" in own and not hook.releases, "needs releases; set releases"),
+                ("workflows", "workflows" in own and not tested,
+                 "needs event; set event = workflow_run")):
+            if wrong:
+                self.problem(hook.section, key, fault)
+        if tested and not hook.workflows:
             fault = "is not set, so any green workflow deploys; name the one that tests"
-            self.problem(place, "workflows", fault, warns=True)
+            self.problem(hook.section, "workflows", fault, warns=True)
 
     def config(self, default_state: str) -> Config:
         """Return the Config; raise ConfigError."""
@@ -600,10 +573,9 @@ class Ini:
             self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
         if self.problems:
             raise ConfigError(*dict.fromkeys(self.problems))
-        daemon = {key: own[key] for key in own if key in DAEMON_KEYS}
-        daemon["state"] = self.place
-        common = self.hook("hookd", "", "", "")
-        return Config(self.name, hooks, common, self.levels, self.base, **daemon)
+        daemon = {key: value for key, value in own.items() if key not in HOOK_KEYS}
+        return Config(self.name, hooks, self.hook("hookd", "", "", ""), self.levels, self.base,
+                      **{**daemon, "state": self.place})
 
 
 # ==================================================================================== judgement
@@ -4535,7 +4507,7 @@ class Command:
             environment=" ".join(f"{name}=***" for name, _ in hook.environment))
         for key in HOOK_KEYS:
             level = self.config.level_of(hook, key)
-            given = self.config.levels[level][key] if level else HOOK_KEYS[key].metadata["text"]
+            given = self.config.levels[level][key] if level else HOOK_KEYS[key]["text"]
             text = shown.get(key, given)
             if key in SECRETS and not text:  # the two are one setting
                 level = ""

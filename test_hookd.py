@@ -922,7 +922,7 @@ class Configuration(Case):
         ("a hook that does nothing", "[o/r main]\ntimeout = 5m\n", "[o/r main] command"),
         ("a section that no hook uses", "[o/r]\ncommand = a\n", "[o/r]"),
         ("a section without its ]", "[hookd]\njobs = 2\n[o/r main\ncommand = true\n",
-         "line 3 has no ]"),
+         "line 3 is no [section]"),
         ("a repository twice", "[o/r]\n[O/R]\n[o/r main]\ncommand = a\n", "[O/R]: duplicate"),
     )
 
@@ -993,7 +993,7 @@ class Configuration(Case):
         for name, text, word in self.STRUCTURE:
             with self.subTest(name):
                 self.assertIn(word, problems_of(text))
-        self.assertIn("line 1 stands before", self.complaints("command = a\n"))
+        self.assertIn("line 1 is no", self.complaints("command = a\n"))
         self.assertIn("UTF-8", self.complaints("[o/r main]\ncommand = \udcff\udcfe\n"))
 
     def test_a_missing_ini_is_told_with_its_name(self):
