@@ -62,6 +62,7 @@ from email.utils import formatdate
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from http.server import BaseHTTPRequestHandler
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 if TYPE_CHECKING:
@@ -93,7 +94,6 @@ OUTPUT_HEAD, OUTPUT_TAIL = 1024**2, 256 * 1024  # kept of a run's output
 VARIABLE_MAX = 64 * 1024
 QUOTED_LINES = 10  # of a failed run's output, in the log
 
-Body = Union[bytes, bytearray, memoryview]
 DAEMON_LOCK = "hookd-697c2ba9-697c2ba9cac2592c.lock"  # so that version 1.0 is seen, too
 log = logging.getLogger("hookd")
 
@@ -238,7 +238,7 @@ class Decision(NamedTuple):
     text: str
     hook: Optional["Hook"] = None
     push: Optional[Push] = None
-    payload: Body = b""
+    payload: bytes = b""
     signature: str = ""
 
 
@@ -378,7 +378,9 @@ class Hook:
     on_delete: str = key("")
     report_token: str = key("", secret=True)
     report_token_file: str = key("")
-    report_api: str = key("https://api.github.com", form("a URL like https://example.com", URL))
+    report_api: str = key("https://api.github.com", form(
+        "the API's URL with https://; a token must not travel unencrypted",
+        rf"(?!http:(?!//(127\.[0-9.]+|localhost|\[::1\])([:/]|$))){URL}"))
     report_url: str = key("", places(PLACES + " {run}"))
 
     @property
@@ -665,7 +667,7 @@ def check_head(config: Config, request: BaseHTTPRequestHandler, length: int) -> 
            (not kind, 415, "Content-Type missing"))
 
 
-def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
+def authenticate(secrets: Iterable[bytes], signature: str, body: bytes) -> bytes:
     """Return the secret that signed the raw body; callers put the likeliest first."""
     room = HASHED_MAX  # else a stranger's 25 MB, hashed for each of many secrets, cost seconds
     for secret in secrets:
@@ -677,18 +679,14 @@ def authenticate(secrets: Iterable[bytes], signature: str, body: Body) -> bytes:
     raise Refusal(403, "signature does not match")
 
 
-def form_payload(body: Body) -> bytes:
+def form_payload(body: bytes) -> bytes:
     """Return the `payload` field of an url-encoded form."""
     import binascii
-    data = bytes(body)
-    parts = [part for part in data.split(b"&", 64) if part.startswith(b"payload=")]
-    if len(parts) != 1 or b"&" in parts[0]:
-        raise ValueError("no payload, or two")
-    text = parts[0][8:].rstrip(b"\r\n")  # a newline behind a form is no part of it
-    if not text.isascii() or re.search(rb"[\x00-\x20=]|%(?![0-9A-Fa-f]{2})", text):
-        raise ValueError("not url-encoded")
+    match = re.search(rb"(?:^|&)payload=([!-%'-<>-~]*)(?:&|\s*$)", body)
+    if not match:
+        raise ValueError("no payload that is url-encoded")
     # As quoted-printable: urllib.parse would make an object of each %, 80 times the body.
-    return binascii.a2b_qp(text.replace(b"%", b"=").replace(b"+", b" "))
+    return binascii.a2b_qp(match[1].replace(b"%", b"=").replace(b"+", b" "))
 
 
 def short_number(word: str) -> int:
@@ -698,7 +696,7 @@ def short_number(word: str) -> int:
     return int(word)
 
 
-def read_payload(body: Body, form: bool) -> tuple[Body, dict[str, Any]]:
+def read_payload(body: bytes, form: bool) -> tuple[bytes, dict[str, Any]]:
     """Return the JSON in a body and its object; depth, huge numbers and NaN are refused."""
     try:
         body = form_payload(body) if form else body
@@ -785,10 +783,14 @@ def touches(patterns: Sequence[str], data: Any) -> bool:
 
 def passed_over(hook: Hook, push: Push, data: Any) -> str:
     """Return why a hook does not run for a push that it takes; "" where it does."""
+    workflow = {text_of(data, "workflow_run.name"),
+                text_of(data, "workflow_run.path").partition("@")[0].rpartition("/")[2]}
+    if push.event == "workflow_run" and hook.workflows and not workflow & set(hook.workflows):
+        return f"ignored: {push}: another workflow than those of its hook"
     if not push.commit:  # a deletion or a release
         return ""
-    message = pick(data, "workflow_run.head_commit.message") or pick(data, "head_commit.message")
-    words = [word for word in hook.skip if isinstance(message, str) and word in message]
+    message = text_of(data, SHAPES[push.event][4], 2**25)
+    words = [word for word in hook.skip if word in message]
     if words:
         return f"ignored: {push}: its message has {words[0]}"
     if hook.paths and push.event == "push" and not touches(hook.paths, data):
@@ -805,7 +807,7 @@ class Keyring(NamedTuple):
     tokens: Mapping[str, str] = {}  # for a hook's forge, by section
 
 
-def decide(config: Config, keyring: Keyring, headers: Mapping[str, str], body: Body,
+def decide(config: Config, keyring: Keyring, headers: Mapping[str, str], body: bytes,
            secret: bytes) -> Decision:
     """Judge a delivery signed with `secret`: what to answer, or for which hook to queue what."""
     payload, data = read_payload(body, content_type(headers) == FORM)
@@ -830,10 +832,6 @@ def decide(config: Config, keyring: Keyring, headers: Mapping[str, str], body: B
         return Decision(200, f"ignored: no hook for {push.place}")
     if hook not in mine:
         raise Refusal(403, "the secret is another repository's")
-    workflow = {text_of(data, "workflow_run.name"),
-                text_of(data, "workflow_run.path").partition("@")[0].rpartition("/")[2]}
-    if hook.workflows and not workflow & set(hook.workflows):
-        return Decision(200, f"ignored: {push}: another workflow than those of its hook")
     why = passed_over(hook, push, data)
     return Decision(200 if why else 202, why, hook, push, b"" if why else payload,
                     headers.get("x-hub-signature-256", ""))
@@ -841,16 +839,17 @@ def decide(config: Config, keyring: Keyring, headers: Mapping[str, str], body: B
 
 def push_json(push: Push) -> bytes:
     """Write the payload of a push that GitHub did not send, in the shape of GitHub's."""
-    name, zeros = short_name(push.ref), "0" * 40
-    repo = {"full_name": push.repo, "name": push.repo.rpartition("/")[2]}
-    run = {"conclusion": "success", "event": "push", "head_branch": name,
-           "head_sha": push.commit, "head_repository": repo}
-    shapes: dict[str, dict[str, Any]] = {
-        "push": {"ref": push.ref, "before": zeros, "after": push.commit or zeros, "commits": [],
-                 "deleted": push.deleted},
-        "workflow_run": {"action": "completed", "workflow_run": run},
-        "release": {"action": "published", "release": {"tag_name": name}}}
-    data = {"repository": repo, "pusher": {"name": push.pusher}, **shapes.get(push.event, {})}
+    name, zeros, repo = short_name(push.ref), "0" * 40, {"full_name": push.repo}
+    data: dict[str, Any] = {"repository": repo, "pusher": {"name": push.pusher}}
+    if push.event == "push":
+        data.update(ref=push.ref, before=zeros, after=push.commit or zeros, commits=[],
+                    deleted=push.deleted)
+    elif push.event == "workflow_run":
+        run = {"conclusion": "success", "event": "push", "head_branch": name,
+               "head_sha": push.commit, "head_repository": repo}
+        data.update(action="completed", workflow_run=run)
+    elif push.event == "release":
+        data.update(action="published", release={"tag_name": name})
     return json.dumps(data).encode()
 
 
@@ -2626,11 +2625,11 @@ def hidden_words(levels: Mapping[str, Mapping[str, str]], base: str, state: str)
 
 # ============================================================================= reports and page
 # What hookd shows elsewhere: commit statuses, the page, badges, metrics. Nothing here touches the
-# database or a run; only Messenger has threads, and only what it calls opens a socket or a file.
+# database or a run; only the messenger's threads open a socket or a file.
 #
-# A forge or a disk may be slow for ever, so the main thread asks neither. Each token has a queue
-# and, while that is not empty, a thread: a dead forge delays only its own reports, and no report
-# overtakes one that is retried. What was not sent before hookd ended is still in the outbox.
+# A forge or a disk may be slow for ever, so the main thread asks neither. One thread sends the
+# reports in their order and another writes the page: a dead forge delays reports, never a run or
+# the page. What was not sent before hookd ended is still in the outbox.
 #
 # A page cannot know that hookd died after writing it. So it says when it was written, and hookd
 # rewrites it every minute even where nothing changes.
@@ -2638,24 +2637,11 @@ def hidden_words(levels: Mapping[str, Mapping[str, str]], base: str, state: str)
 REPORT_SECONDS = 15.0  # for one try
 REPORT_DELAYS = (1.0, 10.0, 60.0, 300.0)
 PAGE_SECONDS = 60.0
-RIGHTS = ('it needs from GitHub "Commit statuses: write" (fine-grained) or repo:status (classic), '
-          "from Gitea or Forgejo write:repository")
-REMEDIES = {401: "the forge does not know the token; it may have expired: make a new one",
-            403: f"the token may not report on this repository; {RIGHTS}",
-            404: f"there is no such repository for this token; {RIGHTS}",
-            422: "the forge refuses a status for this commit; is it in this repository?"}
+TOKEN_REMEDY = ('is report_api right, and the token neither expired nor without "Commit statuses: '
+                'write" (GitHub; a classic one repo:status) or write:repository (Gitea, Forgejo)?')
 SIGNS = {"ok": "✓", "failed": "✗", "timeout": "✗", "interrupted": "!", "cancelled": "–",
          "superseded": "–", "running": "▸", "queued": "…"}
 BADGE_COLOURS = {"ok": "#23693b", "failed": "#ab2f27", "timeout": "#ab2f27"}
-BADGE_MARK = "<!-- a badge of hookd -->"  # what lacks it is not ours to remove
-METRICS = {
-    "hookd_up": ("gauge", "1 while hookd runs, 0 once it was stopped"),
-    "hookd_page_written_timestamp_seconds": ("gauge", "When hookd, if up, last wrote this"),
-    "hookd_runs_total": ("counter", "Runs by how they ended"),
-    "hookd_last_run_duration_seconds": ("gauge", "How long the last run took"),
-    "hookd_last_success_timestamp_seconds": ("gauge", "When the last run that was ok ended"),
-    "hookd_waiting": ("gauge", "Waiting runs"),
-    "hookd_paused": ("gauge", "1 while the branch is paused")}
 Facts = dict[str, Any]  # an object of `status --json`
 
 
@@ -2683,55 +2669,34 @@ class Snapshot(NamedTuple):
     output: Mapping[int, str]  # by run
 
 
-def judge_answer(head: bytes) -> tuple[str, float]:
-    """Return the fault, or nothing, and the least wait before a retry: below 0, do not retry."""
-    match = re.match(rb"HTTP/1\.[01] ([2-5][0-9][0-9])\b", head)
-    if not match:
-        return "what answers does not speak HTTP", 0.0
-    status = int(match[1])
-    if status < 300:
-        return "", 0.0
-    # Who asks too often gets 403 from GitHub, too, with one of these.
-    after = re.search(rb"(?i)\nretry-after:[ \t]*([0-9]{1,9})[ \t]*(\r|$)", head)
-    spent = re.search(rb"(?i)\nx-ratelimit-remaining:[ \t]*0[ \t]*(\r|$)", head)
-    if status in (408, 429) or status >= 500 or (status == 403 and (after or spent)):
-        return f"the forge answers {status}", float(after[1]) if after else 0.0
-    remedy = REMEDIES.get(status, "is report_api right, or was the repository renamed?")
-    return f"{status}, {remedy}", -1.0
-
-
-def send_report(report: Report) -> tuple[str, float]:
-    """Try once; return as `judge_answer` does, never with the token."""
+def send_report(report: Report) -> tuple[str, bool]:
+    """Try once; return the fault, if any, and whether to retry; the fault never has the token."""
     url = f"{report.api.rstrip('/')}/repos/{report.repo}/statuses/{report.commit}"
     # GitHub, Gitea and Forgejo all take the word "token".
     headers = {"Authorization": f"token {report.token}", "Content-Type": "application/json",
                "Accept": "application/json"}
     try:
-        return judge_answer(ask_http(url, REPORT_SECONDS, json.dumps(report.body), **headers))
+        head = ask_http(url, REPORT_SECONDS, json.dumps(report.body), **headers)
     except OSError as error:
-        return f"no answer: {error.strerror or error}", 0.0
+        return f"no answer: {error.strerror or error}", True
     except ValueError:  # whose text has the token
-        return "the token has a character that no request can carry; copy it again", -1.0
+        return "the token has a character that no request can carry; copy it again", False
+    match = re.match(rb"HTTP/1\.[01] ([2-5][0-9][0-9])\b", head)
+    if not match:
+        return "what answers does not speak HTTP", True
+    status = int(match[1])
+    if status < 300:
+        return "", False
+    # GitHub also answers 403, with one of these headers, to a client that asks too often.
+    limited = re.search(rb"(?i)\n(retry-after:|x-ratelimit-remaining: *0\b)", head)
+    if status in (408, 429) or status >= 500 or (status == 403 and limited):
+        return f"the forge answers {status}", True
+    return f"the forge answers {status}; {TOKEN_REMEDY}", False
 
 
-def check_token(api: str, token: str, repo: str) -> str:
-    """Return why no report can be shown, or nothing; asks the forge only about a `repo`.
-
-    It asks for a commit that cannot exist. Forges judge the token first; then GitHub answers 422,
-    Gitea 500.
-    """
-    if re.match(r"https?://(www\.)?github\.com\b", api):
-        return "GitHub's API is elsewhere; write https://api.github.com"
-    if not re.match(r"https:|http://(127\.[0-9.]+|localhost|\[::1\])([:/]|$)", api):
-        return "the token would travel unencrypted; write https://"
-    body = {"state": "error", "context": "hookd/check"}
-    fault = send_report(Report(0, 0, api, token, repo, "0" * 40, body))[0] if repo else ""
-    return "" if fault.startswith(("422", "the forge answers 500")) else fault
-
-
-def mark_up(text: str) -> str:
-    """Make strangers' text plain in HTML and SVG: no markup, no control or bidi character."""
-    return html.escape(escape(text))
+def mark_up(text: object) -> str:
+    """Make strangers' text plain in HTML: no markup, no control character, its own direction."""
+    return f"<bdi>{html.escape(escape(str(text)))}</bdi>"
 
 
 def in_words(seconds: float) -> str:
@@ -2746,136 +2711,94 @@ def ago(at: float, now: float) -> str:
     return f"{in_words(max(now - at, 0))} ago"
 
 
-def moment(at: float, now: float = 0.0) -> str:
+def moment(at: Optional[float], now: float = 0.0) -> str:
     """Return a <time> whose title is exact: how long before `now`, or without it the date."""
+    if at is None:
+        return ""
     exact = time.strftime("%d %B %Y, %H:%M:%S %Z", time.localtime(at)).lstrip("0")
     iso = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
-    words = ago(at, now) if now else exact
-    return f'<time datetime="{iso}" title="{mark_up(exact)}">{mark_up(words)}</time>'
+    return f'<time datetime="{iso}" title="{exact}">{ago(at, now) if now else exact}</time>'
 
 
-def place_html(target: Facts) -> str:
-    name = re.sub("^refs/(heads/)?", "", target["ref"])
-    return f"<bdi>{mark_up(target['repo'])}</bdi> <bdi>{mark_up(name)}</bdi>"
-
-
-def state_html(state: str) -> str:
-    return f'<b class="{state}"><i aria-hidden="true">{SIGNS[state]}</i> {state}</b>'
-
-
-def words_html(facts: Facts, notes: Sequence[str]) -> str:
-    """Return commit and subject, and below them what else there is to say."""
+def item_html(facts: Facts, now: float, notes: Iterable[tuple[str, Any]],
+              link: str = "", output: str = "") -> str:
+    """Return a run, or with a link a target, with those notes whose value is known."""
+    state = facts["state"] or ("running" if facts["running"] else "queued")
+    anchor = "" if link else f' id="run-{facts["run"]}"'
     commit, subject = mark_up((facts["commit"] or "")[:7]), mark_up(facts["subject"] or "")
-    return (f"<p><code>{commit}</code> <bdi>{subject}</bdi></p>"
-            f"<p class=soft>{' · '.join(filter(None, notes))}</p>")
-
-
-def target_html(now: float, target: Facts) -> str:
-    """Return a line of the overview, with a link to the target's last runs."""
-    waiting, running, paused = target["waiting"], target["running"], target["paused"]
-    newest = max(target["run"] or 0, running or 0, *waiting)
-    state = target["state"] or ("running" if running else "queued")
-    words = words_html(target, [
-        f"run {running} is running" if running else "",
-        f"{len(waiting)} waiting" if waiting else "",
-        "" if paused is None else f"paused: <bdi>{mark_up(paused)}</bdi>"])
-    at = moment(target["ended"], now) if target["ended"] else ""
-    return (f'<li>{state_html(state)}<div><a href="#run-{newest}">{place_html(target)}</a>'
-            f"{words}</div>{at}</li>")
-
-
-def run_html(now: float, run: Facts, output: str) -> str:
-    """Return one run, with its output where there is any to show."""
-    words = words_html(run, [
-        f"run {run['run']}", mark_up(run["cause"] or run["event"]),
-        f"by <bdi>{mark_up(run['pusher'])}</bdi>" if run["pusher"] else "",
-        "" if run["duration"] is None else f"took {in_words(run['duration'])}",
-        f"exit {run['exit']}" if run["exit"] else "",
-        f"<bdi>{mark_up(run['note'])}</bdi>" if run["note"] else ""])
-    text = "\n".join(map(mark_up, output.expandtabs().splitlines()))
+    known = (words.format(mark_up(value)) for words, value in notes if value is not None)
+    text = html.escape("\n".join(map(escape, output.expandtabs().splitlines())))
     details = f"<details><summary>Output</summary><pre>{text}</pre></details>" if text else ""
-    at = moment(run["ended"] or run["began"] or run["queued"], now)
-    return (f'<li id="run-{run["run"]}">{state_html(run["state"])}<div>{words}{details}</div>'
-            f"{at}</li>")
+    at = moment(facts["ended"] or facts["began"] or facts.get("queued"), now)
+    return (f'<li{anchor}><b class="{state}"><i aria-hidden="true">{SIGNS[state]}</i> {state}</b>'
+            f"<div>{link}<p><code>{commit}</code> {subject}</p>"
+            f"<p class=soft>{' · '.join(known)}</p>{details}</div>{at}</li>")
 
 
-def badge_name(target: Facts) -> str:
-    return f"badge/{target['repo']}/{slug(target['ref'])}.svg"
-
-
-def badge_svg(target: Facts) -> str:
-    """Build a badge: a branch, and how its last run ended."""
-    state, name = target["state"] or "no run yet", escape(target["branch"][:40])
-    # textLength fits any font into this guess; East Asian letters are twice as wide as others.
-    left, right = (sum(13 if letter > "\u2e80" else 7 for letter in text) for text in (name, state))
-    title = mark_up(f"{target['repo']} {name}: {state}")
-    return f"""{BADGE_MARK}
-<svg xmlns="http://www.w3.org/2000/svg" width="{left + right + 24}" height="20" role="img"
- aria-label="{title}"><title>{title}</title>
-<rect width="{left + right + 24}" height="20" rx="3" fill="{BADGE_COLOURS.get(state, '#7d5400')}"/>
-<path d="M3 0h{left + 9}v20h-{left + 9}a3 3 0 0 1-3-3v-14a3 3 0 0 1 3-3z" fill="#4a4d52"/>
-<g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">
-<text x="6" y="14" textLength="{left}" lengthAdjust="spacingAndGlyphs">{mark_up(name)}</text>
-<text x="{left + 18}" y="14" textLength="{right}">{state}</text></g></svg>
-"""
+def target_html(target: Facts, runs: Sequence[Facts], snapshot: Snapshot) -> tuple[str, str]:
+    """Return a target's line in the overview, with a link to its newest run, and its runs."""
+    now = snapshot.now if snapshot.up else 0.0  # nobody will rewrite "5 minutes ago"
+    running, waiting = target["running"], target["waiting"]
+    name = re.sub("^refs/(heads/)?", "", target["ref"])
+    place = f"{mark_up(target['repo'])} {mark_up(name)}"
+    link = f'<a href="#run-{max(target["run"] or 0, running or 0, *waiting)}">{place}</a>'
+    line = item_html(target, now, (
+        ("run {} is running", running), ("{} waiting", len(waiting) or None),
+        ("paused: {}", target["paused"])), link=link)
+    items = [item_html(run, now, (
+        ("run {}", run["run"]), ("{}", run["cause"] or run["event"]), ("by {}", run["pusher"]),
+        ("took {}", None if run["duration"] is None else in_words(run["duration"])),
+        ("exit {}", run["exit"] or None), ("{}", run["note"] or None)),
+        output=snapshot.output.get(run["run"], "")) for run in runs]
+    return line, "\n".join([f"<h2>{place}</h2><ol>", *items, "</ol>"])
 
 
 def page_html(snapshot: Snapshot) -> str:
     """Build index.html: no script, nothing from elsewhere; what is not ok comes first."""
-    now, meaning = snapshot.now, "Rewritten every minute: if this is older, hookd is not running."
     ended = [target["state"] for target in snapshot.targets if target["state"]]
     good = ended.count("ok")
-    words = f"{good} of {len(ended)} targets ok" if ended else "No run has ended yet"
     state = "ok" if snapshot.up and good == len(ended) else "failed"
+    words = f"{good} of {len(ended)} targets ok" if ended else "No run has ended yet"
+    meaning = "Rewritten every minute: if this is older, hookd is not running."
     if not snapshot.up:
-        now = 0.0  # nobody will rewrite "5 minutes ago"
         words, meaning = "hookd is stopped", "Nothing is deployed until it is started again."
-    overview, sections = [], []
-    for target, runs in sorted(zip(snapshot.targets, snapshot.runs),
-                               key=lambda pair: pair[0]["state"] in (None, "ok")):
-        items = [run_html(now, run, snapshot.output.get(run["run"], "")) for run in runs]
-        overview.append(target_html(now, target))
-        sections += [f"<h2>{place_html(target)}</h2><ol>", *items, "</ol>"]
+    pairs = sorted(zip(snapshot.targets, snapshot.runs),
+                   key=lambda pair: pair[0]["state"] in (None, "ok"))
+    parts = [target_html(target, runs, snapshot) for target, runs in pairs]
     return PAGE.substitute(
-        sign=SIGNS[state], state=state, colour="%2323693b" if state == "ok" else "%23ab2f27",
-        words=words, written=moment(snapshot.now), meaning=meaning,
-        overview="\n".join(overview), sections="\n".join(sections))
+        sign=SIGNS[state], state=state, words=words, written=moment(snapshot.now), meaning=meaning,
+        overview="\n".join(line for line, _ in parts), runs="\n".join(runs for _, runs in parts))
 
 
 PAGE = string.Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">
-<meta name="viewport" content="width=device-width"><meta name="robots" content="noindex">
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>$sign $words - hookd</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'
-><circle cx='4' cy='4' r='4' fill='$colour'/><text x='4' y='6' font-size='6' fill='white'
- text-anchor='middle'>$sign</text></svg>">
+<title>$sign $words - hookd</title><link rel="icon" href="data:,">
 <style>
-:root { --paper: #fdfcfa; --ink: #24262a; --soft: #62666e; --line: #e4e2dd; --mark: #f6efd9;
-  --ok: #23693b; --bad: #ab2f27; --odd: #7d5400 }
+:root { --paper: #fdfcfa; --ink: #24262a; --soft: #62666e; --ok: #23693b; --bad: #ab2f27;
+  --odd: #7d5400 }
 @media (prefers-color-scheme: dark) { :root { --paper: #17181b; --ink: #e3e2de; --soft: #9a9ea6;
-  --line: #34363c; --mark: #2d2a1f; --ok: #7fcb98; --bad: #f2958b; --odd: #dfb562 } }
+  --ok: #7fcb98; --bad: #f2958b; --odd: #dfb562 } }
 * { margin: 0; padding: 0; box-sizing: border-box }
 body { font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); color: var(--ink);
   max-width: 50rem; margin: auto; padding: 3rem 1.25rem; overflow-wrap: anywhere }
 h1 { font-size: 1.75rem; font-weight: 600; line-height: 1.4 }
-h2 { font-size: 1rem; font-weight: 600; margin-top: 3rem }
+h2 { font-size: 1rem; font-weight: 600; margin: 3rem 0 .75rem }
 a { color: inherit; font-weight: 600; text-underline-offset: .25em }
-ul, ol { list-style: none; border-top: 1px solid var(--line); margin-top: .75rem }
-ul { margin-top: 2rem }
+ul { margin-top: 2.75rem }
 li { display: grid; grid-template-columns: 7rem 1fr auto; column-gap: 1rem; padding: .75rem 0;
-  border-bottom: 1px solid var(--line); scroll-margin-top: 5rem }
-li:target { background: var(--mark); box-shadow: -.75rem 0 var(--mark), .75rem 0 var(--mark) }
-li div { min-width: 0 }
+  border-top: 1px solid #8884; scroll-margin-top: 5rem }
+li:target { background: #8882 }
 b { color: var(--odd); font-weight: 400 }
 i { font-style: normal; display: inline-block; width: 1.1em }
 .ok { color: var(--ok) }
 .failed, .timeout { color: var(--bad) }
 .soft, time, summary, code { color: var(--soft); font-size: .875rem }
 code, pre { font: .875rem/1.5 ui-monospace, monospace }
-pre { white-space: pre-wrap; padding: .25rem 0 .25rem 1rem; border-left: 2px solid var(--line) }
-@media (max-width: 36rem) { body { padding-top: 1.5rem } li { grid-template-columns: 1fr auto }
+pre { white-space: pre-wrap; padding: .25rem 0 .25rem 1rem }
+@media (max-width: 36rem) { li { grid-template-columns: 1fr auto }
   li div { grid-area: 2 / 1 / auto / -1 } }
 </style>
 <main><h1><b class="$state"><i aria-hidden="true">$sign</i></b> $words</h1>
@@ -2883,197 +2806,172 @@ pre { white-space: pre-wrap; padding: .25rem 0 .25rem 1rem; border-left: 2px sol
 <ul>
 $overview
 </ul>
-$sections
+$runs
 </main></html>
 """)
 
 
-def labels(**values: str) -> str:
-    pairs = (f"{name}={json.dumps(text, ensure_ascii=False)}" for name, text in values.items())
-    return f"{{{','.join(pairs)}}}"
+def badge_svg(target: Facts) -> str:
+    """Build a badge: a branch, and how its last run ended."""
+    state, name = target["state"] or "no run yet", escape(target["branch"][:40])
+    # textLength fits any font into this guess; East Asian letters are twice as wide as others.
+    left, right = (sum(13 if letter > "\u2e80" else 7 for letter in text) for text in (name, state))
+    title = html.escape(escape(f"{target['repo']} {name}: {state}"))
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{left + right + 24}" height="20"
+ role="img" aria-label="{title}"><title>{title}</title>
+<rect width="100%" height="20" fill="{BADGE_COLOURS.get(state, '#7d5400')}"/>
+<rect width="{left + 12}" height="20" fill="#4a4d52"/>
+<g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">
+<text x="6" y="14" textLength="{left}" lengthAdjust="spacingAndGlyphs">{html.escape(name)}</text>
+<text x="{left + 18}" y="14" textLength="{right}">{state}</text></g></svg>
+"""
 
 
 def metrics_text(snapshot: Snapshot) -> str:
-    """Build metrics.prom; targets of one branch share a line, as no line may come twice."""
-    found: dict[str, dict[str, float]] = {name: {} for name in METRICS}
-    up, written, runs, duration, success, waiting, paused = found.values()
-    up[""], written[""], succeeded = int(snapshot.up), round(snapshot.now, 3), {}
-    for repo, branch, state, number, ended in snapshot.totals:
-        runs[labels(repo=repo, branch=branch, state=state)] = number
-        if state == "ok":
-            succeeded[labels(repo=repo, branch=branch)] = ended
-    for target in sorted(snapshot.targets, key=lambda target: target["run"] or 0):
-        place = labels(repo=target["repo"].lower(), branch=target["branch"])
-        waiting[place] = waiting.get(place, 0) + len(target["waiting"])
-        paused[place] = int(target["paused"] is not None)
-        if target["duration"] is not None:
-            duration[place] = target["duration"]
-        if place in succeeded:
-            success[place] = succeeded[place]
-    lines = []
-    for name, (kind, words) in METRICS.items():
-        lines += [f"# HELP {name} {words}", f"# TYPE {name} {kind}"]
-        lines += [f"{name}{place} {value}" for place, value in found[name].items()]
-    return "\n".join([*lines, ""])
+    """Build metrics.prom; of several targets of a branch, the one with the newest run counts."""
+    newest = sorted(snapshot.targets, key=lambda target: target["run"] or 0)
+    targets = {(one["repo"].lower(), one["branch"]): one for one in newest}
+    good = {total[:2]: total[4] for total in snapshot.totals if total[2] == "ok"}
+    metrics: tuple[tuple[str, str, str, Mapping[Any, Any]], ...] = (
+        ("up", "gauge", "1 while hookd runs, 0 once it was stopped", {(): int(snapshot.up)}),
+        ("page_written_timestamp_seconds", "gauge", "When hookd, if up, last wrote this",
+         {(): round(snapshot.now, 3)}),
+        ("runs_total", "counter", "Runs by how they ended",
+         {total[:3]: total[3] for total in snapshot.totals}),
+        ("last_run_duration_seconds", "gauge", "How long the last run took",
+         {place: one["duration"] for place, one in targets.items()}),
+        ("last_success_timestamp_seconds", "gauge", "When the last run that was ok ended",
+         {place: good.get(place) for place in targets}),
+        ("waiting", "gauge", "Waiting runs",
+         {place: len(one["waiting"]) for place, one in targets.items()}),
+        ("paused", "gauge", "1 while the branch is paused",
+         {place: int(one["paused"] is not None) for place, one in targets.items()}))
+    text = ""
+    for name, kind, words, values in metrics:
+        text += f"# HELP hookd_{name} {words}\n# TYPE hookd_{name} {kind}\n"
+        for place, value in values.items():
+            labels = ",".join(f"{label}={json.dumps(said, ensure_ascii=False)}"
+                              for label, said in zip(("repo", "branch", "state"), place))
+            line = f"hookd_{name}{{{labels}}} {value}\n".replace("{}", "")
+            text += "" if value is None else line
+    return text
 
 
-def replace_file(directory: str, name: str, text: str) -> None:
-    """Replace a file by a rename unless it says the same already; make the folders of `name`."""
-    path, data = os.path.join(directory, name), text.encode("utf-8", "replace")
+def replace_file(path: str, text: str) -> None:
+    """Replace a file by a rename, unless it says the same already."""
+    data = text.encode("utf-8", "replace")
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read() == data:
             return
-    for slash in re.finditer("/", name):
-        folder = os.path.join(directory, name[: slash.start()])
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder)
-            os.chmod(folder, 0o755)  # a web server reads it
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{path}.new")
     with open(f"{path}.new", "xb") as file:  # which follows no link
-        os.fchmod(file.fileno(), 0o644)
         file.write(data)
     os.replace(f"{path}.new", path)
 
 
-def is_badge(path: str) -> bool:
-    """Tell whether hookd wrote this file."""
-    if os.path.islink(path) or not os.path.isfile(path):
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(BADGE_MARK)) == BADGE_MARK.encode()
-
-
 def write_page(directory: str, snapshot: Snapshot) -> None:
-    """Replace what changed in an existing directory, remove what is gone; raise OSError."""
-    files = {"status.json": json.dumps(snapshot.targets, indent=1) + "\n",
-             "metrics.prom": metrics_text(snapshot)}
-    for target in sorted(snapshot.targets, key=lambda target: target["run"] or 0):
-        files[badge_name(target)] = badge_svg(target)
-    files["index.html"] = page_html(snapshot)
-    for name, text in files.items():
-        replace_file(directory, name, text)
-    for folder, _, names in os.walk(os.path.join(directory, "badge")):
-        for path in (os.path.join(folder, name) for name in names):
-            if os.path.relpath(path, directory) not in files and is_badge(path):
-                os.unlink(path)
-                with contextlib.suppress(OSError):
-                    os.removedirs(folder)
+    """Replace what changed in an existing directory, remove stale badges; raise OSError."""
+    replace_file(f"{directory}/status.json", json.dumps(snapshot.targets, indent=1) + "\n")
+    replace_file(f"{directory}/metrics.prom", metrics_text(snapshot))
+    badges = {f"{directory}/badge/{target['repo']}/{slug(target['ref'])}.svg": badge_svg(target)
+              for target in sorted(snapshot.targets, key=lambda target: target["run"] or 0)}
+    for path, text in badges.items():
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        replace_file(path, text)
+    replace_file(f"{directory}/index.html", page_html(snapshot))
+    for folder, _, names in os.walk(f"{directory}/badge"):
+        for stale in {f"{folder}/{name}" for name in names} - badges.keys():
+            os.unlink(stale)
 
 
-def start_thread(target: Callable[..., None], *arguments: Any) -> bool:
-    """Start a thread that dies with the process; False where there is no room for it."""
+def start_thread(work: Callable[..., None], *arguments: Any) -> Optional[threading.Thread]:
+    """Start a thread that dies with the process; None where there is no room for it."""
+    thread = threading.Thread(target=work, args=arguments, daemon=True)
     try:
-        threading.Thread(target=target, args=arguments, daemon=True).start()
+        thread.start()
     except RuntimeError:
-        return False
-    return True
+        return None
+    return thread
+
+
+def note_fault(known: dict[str, set[str]], trouble: str, fault: str) -> None:
+    """Log each fault of something once, until that works again, which is a fault of ""."""
+    if fault and fault not in known.setdefault(trouble, set()):
+        known[trouble].add(fault)
+        log.warning("%s: %s", trouble, fault)
+    elif not fault and known.pop(trouble, set()):
+        log.info("no longer: %s", trouble)
 
 
 class Messenger:
-    """Send reports and write the page beside the runs; callers call send, show and close.
+    """Send reports in order, and write the page, in a thread each; call send, show and close.
 
-    From its threads it calls `done(report.id)`, once a report was sent or given up, and `write()`,
-    which writes the page and returns whether it has to be kept up to date.
+    The threads call `done(report.id)` once a report was sent or given up, and `write()`.
     """
 
-    def __init__(self, done: Callable[[int], None], write: Callable[[], bool],
+    def __init__(self, done: Callable[[int], None], write: Callable[[], None],
                  delays: Sequence[float] = REPORT_DELAYS) -> None:
         self.done, self.write, self.delays = done, write, delays
-        self.changed = threading.Condition()
-        self.queues: dict[object, deque[Report]] = {}  # by API and token
-        self.asked = self.written = 0  # how often the page was
-        self.closing = False
-        self.threads: set[object] = set()
-        self.told: dict[tuple[str, str], set[str]] = {}
+        self.reports: SimpleQueue[Optional[Report]] = SimpleQueue()
+        self.changed, self.closing = threading.Event(), threading.Event()
+        self.threads: dict[Callable[[], None], Optional[threading.Thread]] = {}
+        self.faults: dict[str, set[str]] = {}
 
     def send(self, report: Report) -> None:
         """Send a report after those that came before it."""
-        with self.changed:
-            self.queues.setdefault((report.api, report.token), deque()).append(report)
-            self.start_threads()
+        self.reports.put(report)
+        self.start(self.deliver)
 
     def show(self) -> None:
         """Have the page written, soon."""
-        with self.changed:
-            self.asked += 1
-            self.changed.notify_all()
-            self.start_threads()
+        self.changed.set()
+        self.start(self.paint)
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Start a thread once; where there is no room for it, the next call does."""
+        self.threads[work] = self.threads.get(work) or start_thread(work)
 
     def close(self, seconds: float) -> None:
-        """Wait until all is sent and written, or until the time is up."""
-        with self.changed:
-            self.closing = True
-            self.changed.notify_all()
-            self.changed.wait_for(lambda: self.asked == self.written and not self.queues, seconds)
+        """Send what is left and write the page a last time; wait for that so long at most."""
+        until = time.monotonic() + seconds
+        self.closing.set()
+        self.changed.set()
+        self.reports.put(None)
+        for thread in filter(None, self.threads.values()):
+            thread.join(max(until - time.monotonic(), 0.0))
 
-    def start_threads(self) -> None:
-        """Start what is missing; where there is no room for a thread, the next call does."""
-        wanted: dict[object, Callable[..., None]] = dict.fromkeys(self.queues, self.deliver)
-        wanted.update({"page": self.paint} if self.asked > self.written else {})
-        self.threads |= {name for name in wanted.keys() - self.threads
-                         if start_thread(wanted[name], name)}
-
-    def tell(self, place: tuple[str, str], fault: str, text: str) -> None:
-        """Log each fault of a place once, until something succeeds there."""
-        if not fault:
-            self.told.pop(place, None)
-        elif fault not in self.told.setdefault(place, set()):
-            self.told[place].add(fault)
-            log.warning("%s: %s", text, fault)
-
-    def deliver(self, name: object) -> None:
-        """Send the reports of a queue in their order: the root of a thread."""
-        queue = self.queues[name]
-        while queue:
+    def deliver(self) -> None:
+        """Send the reports in their order: the root of a thread."""
+        for report in iter(self.reports.get, None):
+            fault, again = "", True
             try:
-                self.deliver_one(queue[0])
-                self.done(queue[0].id)
+                for delay in (0.0, *self.delays):
+                    if again:
+                        time.sleep(delay)
+                        fault, again = send_report(report)
+                trouble = f"runs cannot be shown on {report.repo} at {report.api}"
+                note_fault(self.faults, trouble, fault)
+                self.done(report.id)
             except Exception:
                 log.exception("a bug in hookd, in a report; please report this")
-            with self.changed:
-                queue.popleft()
-                if not queue:
-                    del self.queues[name]
-                    self.threads.discard(name)
-                    self.changed.notify_all()
 
-    def deliver_one(self, report: Report) -> None:
-        for delay in (*self.delays, None):
-            fault, retry_after = send_report(report)
-            if not fault or retry_after < 0 or delay is None:
-                break
-            time.sleep(max(delay, min(retry_after, 3600)))
-        self.tell((report.api, report.repo), fault,
-                  f"run {report.run} cannot be shown on {report.repo} at {report.api}")
-
-    def paint(self, name: object) -> None:
+    def paint(self) -> None:
         """Write the page at most once a second, at least once a minute: the root of a thread."""
-        goes_on = True
-        while goes_on:
-            began, asked = time.monotonic(), self.asked
-            goes_on = self.paint_once()
+        closing = False
+        while not closing:
+            self.changed.wait(PAGE_SECONDS)
+            self.changed.clear()
+            closing, began, fault = self.closing.is_set(), time.monotonic(), ""
+            try:
+                self.write()
+            except (OSError, sqlite3.Error, ConfigError) as error:
+                fault = str(error)
+            except Exception:
+                log.exception("a bug in hookd, in the page; please report this")
+            note_fault(self.faults, "the page cannot be written", fault)
             # A page of thousands of runs must not keep a processor busy.
-            pause = max(1.0, 20 * (time.monotonic() - began))
-            with self.changed:
-                self.written = asked
-                self.changed.notify_all()
-                self.changed.wait_for(lambda: self.closing, pause)
-                if goes_on:
-                    self.changed.wait_for(lambda: self.asked > self.written, PAGE_SECONDS)
-                goes_on = goes_on or self.asked > self.written
-                self.threads -= set() if goes_on else {name}
-
-    def paint_once(self) -> bool:
-        fault, goes_on = "", True
-        try:
-            goes_on = self.write()
-        except (OSError, sqlite3.Error, ConfigError) as error:
-            fault = str(error)
-        except Exception:
-            log.exception("a bug in hookd, in the page; please report this")
-        self.tell(("page", ""), fault, "the page cannot be written")
-        return goes_on
+            self.closing.wait(max(1.0, 20 * (time.monotonic() - began)))
 
 
 # ===================================================================================== decisions
@@ -3237,7 +3135,7 @@ class Dispatcher:
                 text = self.enqueue(hook, target, push, payload, event.delivery)
         yield Answer(event.connection, event.delivery, status, text)
 
-    def enqueue(self, hook: Hook, target: Target, push: Push, payload: Body,
+    def enqueue(self, hook: Hook, target: Target, push: Push, payload: bytes,
                 delivery: str) -> str:
         """Put a push into the queue; return the answer, good once it is committed."""
         store = self.store
@@ -3518,7 +3416,7 @@ class Remotes:
     def __init__(self, tell: Callable[[Any], None]) -> None:
         self.tell = tell
         self.next: dict[str, float] = {}  # by section, when its remotes are to be asked
-        self.down: set[str] = set()  # remotes that did not answer, which is logged once
+        self.faults: dict[str, set[str]] = {}  # of remotes, each logged once
         self.rest_until = 0.0  # after a try that failed; NEVER while a thread asks
 
     @property
@@ -3556,18 +3454,14 @@ class Remotes:
     def ask(self, pairs: Sequence[tuple[Hook, str]], state: str) -> None:
         """Hand on the newest commits of the branches of each remote: the root of a thread."""
         for hook, repo in pairs:
-            remote = redact(fill(hook.git, repo, ""), ())
+            fault, remote = "", redact(fill(hook.git, repo, ""), ())
             try:
                 self.tell(Found(hook, repo, remote_refs(hook, repo, state, "--heads")))
-                if remote in self.down:
-                    log.info("a remote can be asked again: %s", remote)
-                self.down.discard(remote)
             except OSError as error:
-                if remote not in self.down:
-                    log.warning("a remote cannot be asked: %s", error)
-                self.down.add(remote)
+                fault = str(error)
             except Exception:
                 log.exception("a bug in hookd, in catch-up; please report this")
+            note_fault(self.faults, f"catch-up cannot ask {remote}", fault)
         self.rest_until = 0.0
         self.tell(None)
 
@@ -3583,11 +3477,9 @@ def read_page(config: Config, up: bool) -> Snapshot:
         totals = store.execute("SELECT * FROM totals").fetchall()
     targets = [clean(row, TARGET_FACTS, hidden) for row in rows]
     for run in [target["run"] for target in targets if config.page_output]:
-        with contextlib.suppress(OSError):
-            with open(run_file(config.state, run or 0, "output.log"), "rb") as file:
-                file.seek(max(os.fstat(file.fileno()).st_size - OUTPUT_TAIL, 0))
-                text = redact(file.read(OUTPUT_TAIL).decode("utf-8", "replace"), hidden)
-            output[run] = "\n".join(text.splitlines()[-100:])
+        path = run_file(config.state, run or 0, "output.log")
+        with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+            output[run] = redact("".join(deque(file, 100)), hidden)
     return Snapshot(time.time(), up, targets, runs, totals, output)
 
 
@@ -3712,10 +3604,9 @@ class Daemon:
         if len(self.hints) < 1000:
             self.hints[webhook] = secret
         try:
-            decision = decide(self.config, self.keyring, headers, body, secret)
+            return decide(self.config, self.keyring, headers, body, secret)
         except Refusal as refusal:  # of a sender who is known
             return Decision(refusal.status, refusal.reason)
-        return decision._replace(payload=bytes(decision.payload))
 
     def reply(self, answer: Answer) -> None:
         """Answer a signed delivery and log the same."""
@@ -3803,12 +3694,11 @@ class Daemon:
             notify(line)
             self.status = line
 
-    def write_page(self) -> bool:
+    def write_page(self) -> None:
         """Write the page as things stand, if there is one; the messenger's thread calls it."""
-        config, up = self.config, self.up
+        config = self.config
         if config.page:
-            write_page(config.page, read_page(config, up))
-        return up and bool(config.page)
+            write_page(config.page, read_page(config, self.up))
 
     # ---- beginning, changing, ending
 
@@ -3894,8 +3784,6 @@ class Daemon:
         while self.server.connections and time.monotonic() < until:
             self.turn()
         self.up = False
-        if self.config.page:
-            self.messenger.show()
         self.messenger.close(CLOSE_SECONDS)
         if self.config.listen.startswith("unix:") and not os.environ.get("NOTIFY_SOCKET"):
             with contextlib.suppress(OSError):
@@ -4176,8 +4064,6 @@ class Check:
                 yield section, "git", fault_of(
                     partial(remote_refs, hook, repo, self.config.state) if repo else
                     partial(ask_git, ["--version"], base_environment(hook)))
-            token = keyring.tokens[section]
-            yield section, "report_api", token and check_token(hook.report_api, token, repo)
 
     def of_daemon(self) -> Iterator[tuple[str, str]]:
         """Try what [hookd] names, and compare it with the hookd that runs."""

@@ -1994,6 +1994,10 @@ class Meaning(Case):
         daemon.settle()
         self.assertEqual(daemon.seen(), taken)
 
+    def test_workflows_of_a_repository_concern_no_hook_for_pushes(self):
+        daemon = self.serve(section("octo/site", workflows="CI"), hook(NOTE))
+        self.assert_answer(daemon.push(), 202)
+
     def test_without_workflows_any_counts(self):
         daemon = self.serve(hook(NOTE, event="workflow_run"))
         for name in ("CI", "Lint"):
@@ -5681,7 +5685,7 @@ class Cost(Case):
         "an honest one": (lambda size: form_of("中" * (size // 9)), 202),
         "escapes": (lambda size: b"payload=" + b"%7B" * (size // 3), 400),
         "plus signs": (lambda size: b"payload=" + b"+" * size, 400),
-        "other fields": (lambda size: b"a=1&" * (size // 4) + form_of("Hello"), 400),
+        "other fields": (lambda size: b"a=1&" * (size // 4) + form_of("Hello"), 202),
         "nothing": (lambda size: b"&" * size, 400),
         "equals signs": (lambda size: b"=" * size, 400),
         "broken escapes": (lambda size: b"payload=" + b"%" * size, 400),
