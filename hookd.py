@@ -104,11 +104,7 @@ log = logging.getLogger("hookd")
 
 
 class ConfigError(Exception):
-    """Report every problem of an ini at once; `main` prints them and exits 78."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    """Report every problem of an ini at once, each an argument; `main` exits 78."""
 
 
 class Refusal(Exception):
@@ -689,19 +685,12 @@ def form_payload(body: bytes) -> bytes:
     return binascii.a2b_qp(match[1].replace(b"%", b"=").replace(b"+", b" "))
 
 
-def short_number(word: str) -> int:
-    """Read a JSON integer; refuse NaN, and what int() takes minutes for before Python 3.9.14."""
-    if len(word) > 20:
-        raise ValueError("a number too long")
-    return int(word)
-
-
 def read_payload(body: bytes, form: bool) -> tuple[bytes, dict[str, Any]]:
-    """Return the JSON in a body and its object; depth, huge numbers and NaN are refused."""
+    """Return the JSON in a body and its object; every number in it is a float."""
     try:
         body = form_payload(body) if form else body
-        data = json.loads(str(body, "utf-8"), parse_int=short_number,
-                          parse_constant=short_number)
+        # int() takes minutes for a long number before Python 3.9.14.
+        data = json.loads(str(body, "utf-8"), parse_int=float)
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
@@ -765,7 +754,7 @@ def read_push(event: str, data: Any, repo: str) -> Push:
                 before if COMMIT.fullmatch(before) and before.strip("0") else "",
                 text_of(data, pusher_at) or text_of(data, "sender.login"),
                 first_line(text_of(data, subject_at, 4096)), deleted,
-                order if type(order) is int and 0 < order < 2**62 else 0)
+                int(order) if isinstance(order, float) and 0 < order < 2**53 else 0)
 
 
 def touches(patterns: Sequence[str], data: Any) -> bool:
@@ -2552,30 +2541,20 @@ def open_log(wanted: str, syslog: str = "/dev/log") -> None:
 
 
 class Noise:
-    """Log the first refusal of each kind at once and the others once a minute, counted."""
+    """Log a refusal of each kind once a minute at most, with how many were not logged."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}  # of those not logged yet
-        self.until, self.client = NEVER, ""
+        self.kinds: dict[str, tuple[float, int]] = {}  # until when each is silent; how many were
 
     def add(self, refusal: Refusal, client: str) -> None:
-        kind, self.client = f"{refusal.reason} status={refusal.status}", client or "unix"
-        if kind in self.counts:
-            self.counts[kind] += 1
-        else:
-            log.warning("refused a request: %s client=%s", kind, self.client)
-            self.counts[kind] = 0
-        self.until = min(self.until, time.monotonic() + NOISE_SECONDS)
-
-    def settle(self) -> None:
-        """Sum up a minute that is over; a kind that goes on stays counted."""
-        if time.monotonic() >= self.until:
-            self.counts = {kind: count for kind, count in self.counts.items() if count}
-            if self.counts:
-                more = ", ".join(f"{count} x {kind}" for kind, count in self.counts.items())
-                log.warning("refused more in a minute: %s, the last client=%s", more, self.client)
-            self.counts = dict.fromkeys(self.counts, 0)
-            self.until = time.monotonic() + NOISE_SECONDS if self.counts else NEVER
+        kind, now = f"{refusal.reason} status={refusal.status}", time.monotonic()
+        until, silent = self.kinds.get(kind, (0.0, 0))
+        if now < until:
+            self.kinds[kind] = until, silent + 1
+            return
+        more = f" (and {silent} more since the last such line)" if silent else ""
+        log.warning("refused a request: %s client=%s%s", kind, client or "unix", more)
+        self.kinds[kind] = now + NOISE_SECONDS, 0
 
 
 def passed_count() -> int:
@@ -2597,10 +2576,10 @@ def passed_sockets() -> dict[str, list[socket.socket]]:
 def secret_path(name: str) -> str:
     """Return where a secret file is: among systemd's credentials, if it is there, or as it says."""
     unit = "/run/credentials/hookd.service"  # for the verbs; ExecReload= sees it through the daemon
-    daemon = os.environ.get("MAINPID", "self")
-    for folder in (os.environ.get("CREDENTIALS_DIRECTORY", ""), unit, f"/proc/{daemon}/root{unit}"):
+    for folder in (os.environ.get("CREDENTIALS_DIRECTORY") or unit,
+                   f"/proc/{os.environ.get('MAINPID', 'self')}/root{unit}"):
         path = os.path.join(folder, os.path.basename(name))
-        if folder and os.path.exists(path):
+        if os.path.exists(path):
             return path
     return name
 
@@ -2613,11 +2592,9 @@ def hidden_words(levels: Mapping[str, Mapping[str, str]], base: str, state: str)
         files |= {secret_path(os.path.join(base, values[name]))
                   for name in ("secret_file", "report_token_file", "environment_file")
                   if values.get(name)}
-    for path in sorted(files):
-        with contextlib.suppress(OSError, ValueError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not hold us up
-            with open(descriptor, encoding="utf-8", errors="replace") as file:
-                text = file.read(CHUNK)
+    for path in filter(os.path.isfile, files):  # a FIFO might never end
+        with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+            text = file.read(CHUNK).decode("utf-8", "replace")
             found += lines(text)
             found += lines("\n".join(read_variables(text).values()))  # output is shown line by line
     return found
@@ -2694,9 +2671,9 @@ def send_report(report: Report) -> tuple[str, bool]:
     return f"the forge answers {status}; {TOKEN_REMEDY}", False
 
 
-def mark_up(text: object) -> str:
+def mark_up(text: str) -> str:
     """Make strangers' text plain in HTML: no markup, no control character, its own direction."""
-    return f"<bdi>{html.escape(escape(str(text)))}</bdi>"
+    return f"<bdi>{html.escape(escape(text))}</bdi>"
 
 
 def in_words(seconds: float) -> str:
@@ -2726,7 +2703,8 @@ def item_html(facts: Facts, now: float, notes: Iterable[tuple[str, Any]],
     state = facts["state"] or ("running" if facts["running"] else "queued")
     anchor = "" if link else f' id="run-{facts["run"]}"'
     commit, subject = mark_up((facts["commit"] or "")[:7]), mark_up(facts["subject"] or "")
-    known = (words.format(mark_up(value)) for words, value in notes if value is not None)
+    known = [words.format(value if isinstance(value, int) else mark_up(value))
+             for words, value in notes if value is not None]
     text = html.escape("\n".join(map(escape, output.expandtabs().splitlines())))
     details = f"<details><summary>Output</summary><pre>{text}</pre></details>" if text else ""
     at = moment(facts["ended"] or facts["began"] or facts.get("queued"), now)
@@ -2895,13 +2873,13 @@ def start_thread(work: Callable[..., None], *arguments: Any) -> Optional[threadi
     return thread
 
 
-def note_fault(known: dict[str, set[str]], trouble: str, fault: str) -> None:
-    """Log each fault of something once, until that works again, which is a fault of ""."""
-    if fault and fault not in known.setdefault(trouble, set()):
-        known[trouble].add(fault)
-        log.warning("%s: %s", trouble, fault)
-    elif not fault and known.pop(trouble, set()):
-        log.info("no longer: %s", trouble)
+def note_fault(known: dict[str, set[str]], what: str, done: str, fault: str) -> None:
+    """Log each fault of something once, until it works again: then the fault is ""."""
+    if fault and fault not in known.setdefault(what, set()):
+        known[what].add(fault)
+        log.warning("%s cannot be %s: %s", what, done, fault)
+    elif not fault and known.pop(what, set()):
+        log.info("%s can be %s again", what, done)
 
 
 class Messenger:
@@ -2950,8 +2928,8 @@ class Messenger:
                     if again:
                         time.sleep(delay)
                         fault, again = send_report(report)
-                trouble = f"runs cannot be shown on {report.repo} at {report.api}"
-                note_fault(self.faults, trouble, fault)
+                what = f"a report on {report.repo} to {report.api}"
+                note_fault(self.faults, what, "sent", fault)
                 self.done(report.id)
             except Exception:
                 log.exception("a bug in hookd, in a report; please report this")
@@ -2969,7 +2947,7 @@ class Messenger:
                 fault = str(error)
             except Exception:
                 log.exception("a bug in hookd, in the page; please report this")
-            note_fault(self.faults, "the page cannot be written", fault)
+            note_fault(self.faults, "the page", "written", fault)
             # A page of thousands of runs must not keep a processor busy.
             self.closing.wait(max(1.0, 20 * (time.monotonic() - began)))
 
@@ -3461,7 +3439,7 @@ class Remotes:
                 fault = str(error)
             except Exception:
                 log.exception("a bug in hookd, in catch-up; please report this")
-            note_fault(self.faults, f"catch-up cannot ask {remote}", fault)
+            note_fault(self.faults, f"the remote {remote}", "asked", fault)
         self.rest_until = 0.0
         self.tell(None)
 
@@ -3543,11 +3521,10 @@ class Daemon:
 
     def turn(self) -> None:
         """Wait for the next thing to do, then do all there is."""
-        until = min(self.look_at, self.stop_at, self.beat_at, self.noise.until, self.remotes.at)
+        until = min(self.look_at, self.stop_at, self.beat_at, self.remotes.at)
         connections = self.server.poll(0.0 if self.inbox else until - time.monotonic())
         while self.signals:
             self.obey(self.signals.pop(0))
-        self.noise.settle()
         self.advance(list(filter(None, map(self.judge, connections))))
         now = time.monotonic()
         if now >= self.remotes.at:
@@ -3770,7 +3747,7 @@ class Daemon:
             self.remotes.plan(config, NEVER)
             log.info("reloaded: listening on %s hooks=%d", self.where, len(config.hooks))
         except (ConfigError, OSError, SystemExit) as error:
-            for problem in getattr(error, "problems", (str(error),)):
+            for problem in error.args if isinstance(error, ConfigError) else [error]:
                 log.error("reload failed; keeping the old configuration: %s", problem)
         self.look_at = 0.0
 
@@ -3800,15 +3777,6 @@ class Daemon:
 # daemon, which alone runs commands.
 
 STATE_VERBS = ("status", "log", "cancel", "pause", "resume")  # they need the state, not the hooks
-CHANGING = ("run", "rollback", "cancel", "pause", "resume", "secret")
-IS_BRANCH = "ref IN (?, 'refs/heads/' || ?, 'refs/tags/' || ?)"
-
-
-def make_state(state: str) -> None:
-    for folder in ("", "runs", "locks", "work"):
-        os.makedirs(os.path.join(state, folder), 0o700, exist_ok=True)
-    with contextlib.suppress(PermissionError):
-        os.chmod(state, 0o700)
 
 
 def default_state() -> str:
@@ -3832,63 +3800,52 @@ def become_owner(state: str, argv: Sequence[str]) -> None:
     os.initgroups(owner.pw_name, owner.pw_gid)
     os.setgid(owner.pw_gid)
     os.setuid(owner.pw_uid)
-    os.environ.update(HOME=owner.pw_dir, USER=owner.pw_name, LOGNAME=owner.pw_name,
-                      HOOKD_USER=os.environ.get("SUDO_USER", "root"))
-    for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        with contextlib.suppress(OSError):  # a Python in /root is not the owner's to run
-            os.execv(python, [python, os.path.abspath(__file__), *argv])
-    raise SystemExit(f"hookd: {owner.pw_name} cannot run {sys.executable}; install Python for all")
+    os.environ.update(HOME=owner.pw_dir, HOOKD_USER=os.environ.get("SUDO_USER", "root"))
+    os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *argv])
 
 
 def read_ini(file: str) -> Ini:
     """Read an ini; what cannot be read is a problem in it."""
-    base, name = os.path.dirname(os.path.abspath(file)), os.path.basename(file)
+    base, name = os.path.split(os.path.abspath(file))
     try:
         with open(file, encoding="utf-8-sig") as text:
             return Ini(name, base, text.read())
     except UnicodeDecodeError:
         fault = "is not UTF-8 text; save it as UTF-8"
     except OSError as error:
-        fault = f"cannot be read: {error}; name the ini with -c FILE, or try it with sudo"
-        if "HOOKD_USER" in os.environ:  # root, before the verb became the owner of the state
-            remedy = f"chgrp {os.getegid()} {file} && chmod 640 {file}"
-            fault = f"cannot be read: {error}; as root: {remedy}"
+        fault = (f"cannot be read: {error}; `chgrp hookd` and `chmod 640` it, try it with sudo, "
+                 "or name another with -c FILE")
     ini = Ini(name, base, "")
     ini.problems.append(f"{file}: {fault}")
     return ini
 
 
 def make_secret(path: str) -> None:
-    """Make the default secret where it is missing, whole or not at all; raise OSError."""
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        new = f"{path}.{os.getpid()}"
-        try:
-            with open(new, "w", encoding="utf-8", opener=private) as file:
+    """Make the default secret where it is missing, or a full disk left it empty."""
+    if not os.path.exists(path) or not os.path.getsize(path):
+        with open(path, "a", encoding="utf-8", opener=private) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # against a verb that does the same
+            if not os.path.getsize(path):
                 file.write(os.urandom(32).hex() + "\n")
-            with contextlib.suppress(FileExistsError):  # another verb was faster
-                os.link(new, path)
-        finally:
-            os.unlink(new)
 
 
-def read_keyring(config: Config, make: bool) -> Keyring:
+def read_keyring(config: Config, make: bool = False) -> Keyring:
     """Return the secrets and tokens that an ini names; raise ConfigError or OSError.
 
-    The default secret counts where a hook uses it, and may be missing until it is made.
+    With `make` the default secret is made; without it may be missing.
     """
     default, problems = f"{config.state}/secret", []
-    used = not config.hooks or default in [hook.secret_file for hook in config.hooks.values()]
-    if make and used:
+    hooks = (*config.hooks.values(), config.common)
+    if make and default in [hook.secret_file for hook in hooks]:
         make_secret(default)
 
-    def read(hook: Hook, key: str, given: tuple[str, ...]) -> tuple[str, ...]:
-        """Return what is given, and the lines of the file that a hook's key names."""
-        path, found = getattr(hook, key), given
-        if path and (path != default or (used and os.path.exists(path))):
+    def read(hook: Hook, key: str) -> tuple[str, ...]:
+        """Return the lines of the file that a hook's key names."""
+        path, found = getattr(hook, key), ()  # type: str, tuple[str, ...]
+        if path and (path != default or os.path.exists(path)):
             try:
-                with open(path if path == default else secret_path(path), encoding="utf-8") as file:
-                    found += lines(file.read())
+                with open(secret_path(path), encoding="utf-8") as file:
+                    found = lines(file.read())
                 if not found:
                     raise ValueError("it is empty")
             except (OSError, ValueError) as error:
@@ -3898,11 +3855,11 @@ def read_keyring(config: Config, make: bool) -> Keyring:
         return found
 
     secrets, tokens = {}, {}
-    for hook in (*config.hooks.values(), config.common):
-        words = read(hook, "secret_file", hook.secret)
+    for hook in hooks:
+        words = (*hook.secret, *read(hook, "secret_file"))
         secrets[hook.section] = tuple(word.encode() for word in words)
-        tokens[hook.section] = "".join(
-            read(hook, "report_token_file", lines(hook.report_token))[:1])
+        tokens[hook.section] = next(
+            iter((*lines(hook.report_token), *read(hook, "report_token_file"))), "")
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     every = tuple(dict.fromkeys(word for words in secrets.values() for word in words))
@@ -3915,15 +3872,20 @@ def load(file: str, state: str) -> tuple[Config, Keyring]:
     return config, read_keyring(config, make=True)
 
 
-def daemon_pid(state: str) -> int:
-    """Return the pid of the hookd that serves this state, 0 where none does."""
+def daemon_words(state: str) -> list[str]:
+    """Return what the hookd that serves this state noted: its name, pid and log; else nothing."""
     with contextlib.suppress(OSError), open(os.path.join(state, "locks", DAEMON_LOCK)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = file.read().split()
-            return int(holder[1]) if holder[1:] else 0
-    return 0
+            return file.read().split()
+    return []
+
+
+def daemon_pid(state: str) -> int:
+    """Return the pid of the hookd that serves this state, 0 where none does."""
+    words = daemon_words(state)
+    return int(words[1]) if words[1:] else 0
 
 
 def daemon_address(config: Config) -> str:
@@ -3945,22 +3907,17 @@ def wake_daemon(state: str) -> bool:
     return True
 
 
+def own_names() -> tuple[str, str]:
+    """Return the user and the group of this process; in a container they may have no names."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+    except KeyError:
+        return str(os.geteuid()), str(os.getegid())
+
+
 def user_name() -> str:
     """Return who types: before sudo, and before a verb became the owner of the state."""
-    given = os.environ.get("HOOKD_USER") or os.environ.get("SUDO_USER")
-    try:
-        return given or pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a container's user may have none
-        return str(os.geteuid())
-
-
-def place_name(repo: str, ref: str) -> str:
-    return " ".join(filter(None, [repo, short_name(ref)])) or "everything"
-
-
-def is_number(text: str) -> bool:
-    """Tell whether this is a run's number, not a commit."""
-    return text.isdigit() and len(text) < 10
+    return os.environ.get("HOOKD_USER") or os.environ.get("SUDO_USER") or own_names()[0]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -3978,13 +3935,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 
 def show(data: bytes, hidden: Sequence[str]) -> None:
     """Print a run's output without secrets; a terminal gets nothing that it obeys."""
+    text = redact(data.decode("utf-8", "surrogateescape"), hidden)
+    if sys.stdout.isatty():
+        text = "".join(c if c in "\n\t" else escape(c) for c in text)
     sys.stdout.flush()
-    if hidden or b"://" in data or sys.stdout.isatty():
-        text = redact(data.decode("utf-8", "surrogateescape"), hidden)
-        if sys.stdout.isatty():
-            text = "".join(c if c in "\n\t" else escape(c) for c in text)
-        data = text.encode("utf-8", "surrogateescape" if not sys.stdout.isatty() else "replace")
-    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
     sys.stdout.buffer.flush()
 
 
@@ -3995,31 +3950,24 @@ def writable(path: str, root: str) -> str:
         missing, above = above, os.path.dirname(above)
     if os.access(root + above, os.W_OK | os.X_OK):
         return ""
-    try:
-        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
-    except KeyError:  # a container's user may have none
-        user, group = str(os.geteuid()), str(os.getegid())
-    home = re.match("/home/[^/]+", path)
+    (user, group), home = own_names(), re.match("/home/[^/]+", path)
     if home and not os.access(root + home[0], os.X_OK):
-        return (f"{user} cannot enter {home[0]}; as root: setfacl -m u:{user}:x {home[0]}, and "
-                "set ProtectHome=read-only and ReadWritePaths= with systemctl edit hookd")
-    if not os.access(root + above, os.X_OK):
-        return f"{user} cannot enter {above}; as root: chmod o+x {above}"
-    parts = path.split("/")
-    place = "/".join(parts[:3]) if above in ("/", f"/{parts[1]}") else above
-    if root and os.access(above, os.W_OK | os.X_OK):
-        return (f"the unit keeps hookd from writing {above}; systemctl edit hookd: [Service] "
-                f"ReadWritePaths={place}, then systemctl restart hookd; where the unit allows it, "
-                "the restart alone")
-    remedy = (f"chown -R {user}: {path}" if above == path else
-              f"install -d -o {user} -g {group} {missing}")
+        remedy = (f"setfacl -m u:{user}:x {home[0]}, and set ProtectHome=read-only and "
+                  "ReadWritePaths= with systemctl edit hookd")
+    elif root and os.access(above, os.W_OK | os.X_OK):
+        remedy = (f"systemctl edit hookd: [Service] ReadWritePaths={above}, then systemctl restart "
+                  "hookd")
+    elif above == path:
+        remedy = f"chown -R {user}: {path}"
+    else:
+        remedy = f"install -d -o {user} -g {group} {missing}"
     return f"{user} cannot write {above}; as root: {remedy}"
 
 
-def fault_of(question: Callable[[], Any]) -> str:
+def fault_of(question: Callable[..., Any], *arguments: Any) -> str:
     """Return what a question that opens or asks something fails with, or ""."""
     try:
-        question()
+        question(*arguments)
     except OSError as error:
         return advice(str(error)) or str(error)
     return ""
@@ -4032,143 +3980,129 @@ def shell_fault(script: str) -> str:
     return f"sh cannot read it: {words[0]}" if done.returncode else ""
 
 
-def is_public(path: str) -> bool:
-    """Tell whether every user can read a file, and enter the folders above it."""
-    from pathlib import Path
-    places = [(Path(path), 0o004), *((folder, 0o001) for folder in Path(path).parents)]
-    return os.path.exists(path) and all(place.stat().st_mode & bit for place, bit in places)
-
-
 class Check:
     """What `check` finds in what an ini names, by the eyes of the hookd that serves the state.
 
-    Callers call `faults` and `doubts`, which yield section, key and what is wrong, "" if nothing.
+    Callers call `look`, which adds to the ini's problems and warnings.
     """
 
-    def __init__(self, config: Config, file: str, online: bool) -> None:
-        self.config, self.file, self.online = config, file, online
+    def __init__(self, ini: Ini, config: Config, online: bool) -> None:
+        self.ini, self.config, self.online = ini, config, online
         self.pid = daemon_pid(config.state)
         root = f"/proc/{self.pid}/root"
         self.root = root if self.pid and os.access(f"{root}/", os.X_OK) else ""
 
-    def faults(self) -> Iterator[tuple[str, str, str]]:
-        """Yield what does not work."""
-        for key, fault in self.of_daemon():
-            yield "hookd", key, fault
-        keyring = read_keyring(self.config, make=False)
-        for section, hook in self.config.hooks.items():
-            repo = hook.repo if self.online and not hook.repo.endswith("*") else ""
-            for key, fault in (*self.of_place(hook), *self.of_hook(hook)):
-                yield section, key, fault
-            if hook.git:
-                yield section, "git", fault_of(
-                    partial(remote_refs, hook, repo, self.config.state) if repo else
-                    partial(ask_git, ["--version"], base_environment(hook)))
+    def look(self) -> None:
+        """Note what does not work, and what works and is likely not meant."""
+        self.look_at_daemon()
+        read_keyring(self.config)
+        for hook in self.config.hooks.values():
+            self.compare(hook)
+            self.look_at_hook(hook)
+        self.doubt()
 
-    def of_daemon(self) -> Iterator[tuple[str, str]]:
+    def note(self, section: str, key: str, fault: str) -> None:
+        if fault:
+            self.ini.problem(section, key, fault)
+
+    def look_at_daemon(self) -> None:
         """Try what [hookd] names, and compare it with the hookd that runs."""
-        config, restart = self.config, "differs from the running hookd's; systemctl restart hookd"
-        yield "tls_cert", fault_of(partial(tls_context, config))
-        with contextlib.suppress(OSError), open(f"{config.state}/locks/{DAEMON_LOCK}") as file:
-            noted = re.search(r" log=(\w+)$", file.read())
-            if self.pid and noted and noted[1] != config.log:
-                yield "log", restart
+        config, words = self.config, daemon_words(self.config.state)
+        restart = "differs from the running hookd's; systemctl restart hookd"
+        self.note("hookd", "tls_cert", fault_of(tls_context, config))
+        if words[2:] not in ([], [f"log={config.log}"]):
+            self.note("hookd", "log", restart)
         if os.environ.get("MAINPID", str(self.pid)) != str(self.pid):
-            yield "state", restart
+            self.note("hookd", "state", restart)
         elif not config.listen.startswith("unix:") and not (
                 self.pid and config.listen == daemon_address(config)):
-            yield "listen", fault_of(lambda: open_socket(config.listen).close())
+            self.note("hookd", "listen", fault_of(open_socket, config.listen))
         if config.page and not os.access(self.root + config.page, os.W_OK | os.X_OK):
-            yield "page", (f"{config.page} is no directory that hookd can write; as root: install "
-                           f"-d -o hookd -g hookd {config.page}")
+            self.note("hookd", "page", f"{config.page} is no directory that hookd can write; as "
+                      f"root: install -d -o hookd -g hookd {config.page}")
 
-    def of_place(self, hook: Hook) -> Iterator[tuple[str, str]]:
+    def compare(self, hook: Hook) -> None:
         """Compare a hook with those above it."""
         config, hooks = self.config, list(self.config.hooks.values())
         for other in hooks[: hooks.index(hook)]:
             same = hook.directory_pattern == other.directory_pattern
             if other.event == hook.event and other in config.hooks_for(hook.repo) and fnmatchcase(
                     hook.pattern, other.pattern):
-                yield "", f"can never match: [{other.section}] above takes all; move this one up"
+                self.note(hook.section, "", f"can never match: [{other.section}] above takes all; "
+                          "move this one up")
             elif same and (hook.directory == f"{config.state}/{WORK}"
                            or (hook.releases and other.releases)):
-                yield "directory", (f"is that of [{other.section}] too; set directory in one of "
-                                    "them")
+                self.note(hook.section, "directory", f"is that of [{other.section}] too; set "
+                          "directory in one of them")
 
-    def of_hook(self, hook: Hook) -> Iterator[tuple[str, str]]:
+    def look_at_hook(self, hook: Hook) -> None:
         """Try what a hook names."""
-        directory, key = re.sub(r"/[^/]*\{.*", "", hook.directory) or "/", hook.deploy_key
-        yield "directory", writable(directory, self.root)
+        section, key = hook.section, hook.deploy_key
+        directory = re.sub(r"/[^/]*\{.*", "", hook.directory) or "/"
+        self.note(section, "directory", writable(directory, self.root))
         if key and not os.access(key, os.R_OK):
-            yield "deploy_key", f"hookd cannot read {key}; make it with ssh-keygen, or chown it"
+            fault = f"hookd cannot read {key}; make it with ssh-keygen, or chown it"
+            self.note(section, "deploy_key", fault)
         elif key and os.stat(key).st_mode & 0o077:
-            yield "deploy_key", f"ssh refuses a key that others can read; chmod 600 {key}"
+            fault = f"ssh refuses a key that others can read; chmod 600 {key}"
+            self.note(section, "deploy_key", fault)
         for name in SCRIPTS:
-            yield name, shell_fault(getattr(hook, name))
-        yield "environment_file", fault_of(partial(file_variables, hook))
+            self.note(section, name, shell_fault(getattr(hook, name)))
+        self.note(section, "environment_file", fault_of(file_variables, hook))
+        if hook.git and self.online and not hook.repo.endswith("*"):
+            self.note(section, "git", fault_of(remote_refs, hook, hook.repo, self.config.state))
+        elif hook.git:
+            self.note(section, "git", fault_of(ask_git, ["--version"], base_environment(hook)))
 
-    def doubts(self) -> Iterator[tuple[str, str, str]]:
-        """Yield what works, and is likely not meant."""
-        with contextlib.suppress(OSError), open(f"/proc/{self.pid or 'self'}/status") as file:
-            fault = "sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
-            if "NoNewPrivs:\t1" in file.read():
-                yield from ((section, key, fault) for section, hook in self.config.hooks.items()
-                            for key in SCRIPTS if re.search(r"\bsudo\b", getattr(hook, key)))
-        given = [(level, key, text) for level, texts in self.config.levels.items()
-                 for key, text in texts.items()
-                 if key in (*SECRETS, "report_token", "report_token_file")]
-        for level, key, text in [*given, ("hookd", "secret_file", f"{self.config.state}/secret")]:
-            path = self.file
-            if key.endswith("_file"):
-                path = secret_path(os.path.join(self.config.base, text))
-            if is_public(path):
-                yield level, key, f"every user can read {path}; chmod o-r {path}"
+    def doubt(self) -> None:
+        """Warn of what works, and is likely not meant."""
+        with open(f"/proc/{self.pid or 'self'}/status", encoding="utf-8") as file:
+            held = "NoNewPrivs:\t1" in file.read()
+        for section, texts in self.config.levels.items():
+            for key, text in texts.items():
+                path = os.path.join(self.ini.base, self.ini.name)
+                if key in ("secret_file", "report_token_file"):
+                    path = secret_path(os.path.join(self.ini.base, text))
+                elif key in SCRIPTS and held and re.search(r"\bsudo\b", text):
+                    fault = "sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
+                    self.ini.problem(section, key, fault, warns=True)
+                if key in (*SECRETS, "report_token", "report_token_file") and os.path.isfile(
+                        path) and os.stat(path).st_mode & 0o004:
+                    fault = f"every user can read {path}; chmod o-r {path}"
+                    self.ini.problem(section, key, fault, warns=True)
 
 
 class Command:
-    """A command line: its options, the ini and the state; each verb is a method.
-
-    `maybe` is None where the ini is broken and the verb needs only the state.
-    """
+    """A command line: its options, the ini and the state; each verb is a method."""
 
     def __init__(self, options: "argparse.Namespace", argv: Sequence[str]) -> None:
-        """Read the ini, become the owner of its state; raise ConfigError where it needs hooks."""
+        """Read the ini and become the owner of its state; raise ConfigError or SystemExit."""
         self.options, self.ini = options, read_ini(options.file)
         self.state = self.ini.state(default_state())
-        self.maybe: Optional[Config] = None
         try:
-            self.maybe = self.ini.config(self.state)
+            self.config = self.ini.config(self.state)
         except ConfigError:
             if options.verb not in STATE_VERBS:
                 raise
+            self.config = Config(self.ini.name, {}, Hook("hookd", "", "", ()), self.ini.levels,
+                                 self.ini.base, state=self.state)
         known = os.path.isdir(self.state)
-        if options.verb in CHANGING and os.geteuid() == 0 and not known:
-            raise SystemExit(f"hookd: {self.state} does not exist yet; start hookd first: "
-                             "systemctl start hookd")
+        if not known and options.verb not in ("serve", "check", "send"):
+            raise SystemExit(f"hookd: there is no {self.state} yet; start hookd first, or try it "
+                             "with sudo")
         become_owner(self.state, argv)
         if known and not os.access(self.state, os.R_OK | os.X_OK):
             raise SystemExit(f"hookd: {self.state}: permission denied; try it with sudo")
         for problem in dict.fromkeys(self.ini.problems):
             print(problem, file=sys.stderr)
-
-    @property
-    def config(self) -> Config:
-        return self.maybe or self.ini.config(self.state)
-
-    @cached_property
-    def store(self) -> Store:
-        make_state(self.state)
-        return Store(self.state)
+        self.store = Store(self.state)
 
     @cached_property
     def hidden(self) -> list[str]:
-        """What is shown as ***, also where the ini is broken; waits for no dead file system."""
+        """What is shown as ***; waits for no dead file system."""
         # In a child: a process one of whose threads such a file system holds cannot even exit.
         reader, writer = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Python drops what a fork raises
-        child = os.fork()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        if not child:
+        if not os.fork():
             try:
                 os.closerange(0, 3)
                 words = hidden_words(self.ini.levels, self.ini.base, self.state)
@@ -4180,45 +4114,67 @@ class Command:
             ready = select.select([pipe], [], [], 2)[0]
             return list(json.loads(pipe.read() or "[]")) if ready else []
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, file: Any = None) -> None:
         """Print a line with strangers' text in it."""
-        print(escape(redact(text, self.hidden)), flush=True)
+        print(escape(redact(text, self.hidden)), file=file, flush=True)
 
     # ---- what REPO, BRANCH and RUN name
 
-    def find_hook(self) -> tuple[Optional[Hook], Push]:
+    @property
+    def place(self) -> str:
+        words = filter(None, [self.options.repo, self.options.branch])
+        return escape(" ".join(words)) or "everything"
+
+    @property
+    def refs(self) -> list[str]:
+        """The refs that BRANCH may mean."""
+        branch = self.options.branch
+        return [branch if branch.startswith("refs/") else f"refs/{kind}/{branch}"
+                for kind in ("heads", "tags")]
+
+    def where(self) -> tuple[str, list[str]]:
+        """Return what REPO BRANCH, REPO or RUN means for runs `r`: SQL, and its values."""
+        repo = self.options.repo
+        if self.options.branch:
+            return "r.repo = ? AND r.ref IN (?, ?)", [repo, *self.refs]
+        if repo:
+            return "r.id = ?" if repo.isdecimal() else "r.repo = ?", [repo]
+        return "1", []
+
+    def runs(self, condition: str) -> list[Run]:
+        """Return the runs that are named, or all, that meet a condition of SQL."""
+        where, words = self.where()
+        return self.store.runs(f"WHERE {where} {condition}", *words)
+
+    def targets(self) -> list[dict[str, Any]]:
+        """Return the targets of what is named, or all, without those that are gone."""
+        where, words = self.where()
+        sql = f"SELECT DISTINCT r.target FROM runs r WHERE {where}"  # tags share one target
+        known = {target for (target,) in self.store.execute(sql, *words)}
+        rows = listed(self.store.overview(), self.config.hooks)
+        return [row for row in rows if row["target"] in known]
+
+    def find_hook(self, event: str = "") -> tuple[Optional[Hook], Push]:
         """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
-        repo, branch, event = self.options.repo, self.options.branch, self.options.event
-        refs = [branch] if branch.startswith("refs/") else [f"refs/{kind}/{branch}"
-                                                            for kind in ("heads", "tags")]
-        if not REPOSITORY.fullmatch(repo) or not REF.fullmatch(refs[0]):
-            raise SystemExit("hookd: REPO is written owner/repo, BRANCH as git knows it")
-        event = "push" if event == "delete" else event
-        push = Push(event or "push", repo, refs[0], "", pusher=user_name())
-        for hook in self.config.hooks_for(repo):
-            for ref in refs:
+        push = Push(event or "push", self.options.repo, self.refs[0], "", pusher=user_name())
+        for hook in self.config.hooks_for(push.repo):
+            for ref in self.refs:
                 mine = push._replace(event=event or hook.event, ref=ref)
-                if hook.matches(mine) and self.config.hook_for(mine) is hook:
+                if self.config.hook_for(mine) is hook:
                     return hook, mine
         return None, push
+
+    def no_hook(self) -> SystemExit:
+        return SystemExit(f"hookd: {self.ini.name} has no hook for {self.place}; `hookd.py check` "
+                          "lists them")
 
     def needed_hook(self) -> tuple[Hook, Push]:
         hook, push = self.find_hook()
         if hook is None:
-            raise SystemExit(f"hookd: {self.ini.name} has no hook for {self.options.repo} "
-                             f"{self.options.branch}; `hookd.py check` lists them")
+            raise self.no_hook()
         return hook, push
 
-    def hooks(self) -> list[Hook]:
-        """Return the hooks of REPO, which must have some; none without REPO."""
-        repo = self.options.repo
-        found = self.config.hooks_for(repo) if repo else []
-        if repo and not found:
-            raise SystemExit(f"hookd: {self.ini.name} has no hook for {repo}; `hookd.py check` "
-                             "lists them")
-        return found
-
-    def secrets(self, hooks: Sequence[Hook], make: bool) -> tuple[bytes, ...]:
+    def secrets(self, hooks: Sequence[Hook], make: bool = False) -> tuple[bytes, ...]:
         """Return the secrets of the first hook; without one, those of the daemon."""
         keyring = read_keyring(self.config, make)
         found = keyring.hooks[hooks[0].section] if hooks else keyring.common or keyring.every
@@ -4226,46 +4182,9 @@ class Command:
             raise SystemExit("hookd: there is no secret yet; hookd makes it when it starts")
         return found
 
-    def runs(self, condition: str) -> list[Run]:
-        """Return the runs of RUN or REPO BRANCH, or all, that meet a condition of SQL."""
-        repo, branch = self.options.repo, self.options.branch
-        if branch:
-            where, words = f"r.repo = ? AND r.{IS_BRANCH}", [repo, branch, branch, branch]
-        elif repo and not repo.isdigit():
-            raise SystemExit("hookd: give the number of a run, or REPO BRANCH; `hookd.py status` "
-                             "has both")
-        else:
-            where, words = ("r.id = ?", [repo]) if repo else ("r.seq IS NOT NULL", [])
-        return self.store.runs(f"WHERE {where} {condition}", *words)
-
-    def targets(self) -> list[dict[str, Any]]:
-        """Return the targets of REPO BRANCH, of REPO, or all, without those that are gone."""
-        repo, branch = self.options.repo, self.options.branch
-        ran = f"SELECT 1 FROM runs WHERE target = ? AND {IS_BRANCH}"  # tags share one target
-        hooks = self.maybe.hooks if self.maybe else None
-        return [row for row in listed(self.store.overview(), hooks)
-                if (not repo or row["repo"].lower() == repo.lower())
-                and (not branch or branch in (row["ref"], row["branch"])
-                     or self.store.value(ran, row["target"], branch, branch, branch))]
-
     def pause_place(self) -> tuple[str, str]:
         """Return repository and ref of a pause, "" where any will do."""
-        repo, branch = self.options.repo or "", self.options.branch or ""
-        if branch and self.maybe:
-            return repo, self.find_hook()[1].ref
-        if repo and not REPOSITORY.fullmatch(repo):
-            raise SystemExit("hookd: REPO is written owner/repo")
-        return repo, f"refs/heads/{branch}" if branch and branch[:5] != "refs/" else branch
-
-    def pauses(self) -> list[str]:
-        rows = self.store.execute("SELECT repo, ref, why FROM pauses")
-        return [f"paused: {place_name(repo, ref)}: {why}" for repo, ref, why in rows]
-
-    def has_history(self) -> bool:
-        known = os.path.exists(f"{self.state}/hookd.db")
-        if not known:
-            print(f"hookd: nothing has run yet in {self.state}", file=sys.stderr)
-        return known
+        return self.options.repo or "", self.find_hook()[1].ref if self.options.branch else ""
 
     def full_commit(self, hook: Hook, push: Push, text: str) -> str:
         """Return the whole id of a commit: from the history, the clone, or as it is typed.
@@ -4294,68 +4213,59 @@ class Command:
     def watch(self, number: int, following: bool) -> int:
         """Print a run's output, and with `following` its end; return its exit status."""
         shown, last, up_at = 0, b"\n", time.monotonic()
+        sql = "SELECT state, exit, duration FROM runs WHERE id = ?"
         while True:
-            rows = self.store.runs("WHERE r.id = ?", number)
+            state, code, seconds = self.store.execute(sql, number).fetchone() or ("", 1, 0.0)
             path = run_file(self.state, number, "output.log")
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 file.seek(shown)
                 for data in iter(partial(file.readline, CHUNK), b""):
                     shown, last = shown + len(data), data[-1:]
                     show(data, self.hidden)
-            state = rows[0].state if rows else ""
-            newer = re.fullmatch("by run ([0-9]+)", rows[0].note) if state == "superseded" else None
-            if following and newer:
-                number, shown = int(newer[1]), 0
-                print(f"hookd: run {number} takes its place", file=sys.stderr)
-            elif not following or state not in ("queued", "running"):
+            if not following or state not in MOVES:
                 break
-            elif daemon_pid(self.state):
+            if daemon_pid(self.state):
                 up_at = time.monotonic()
             elif time.monotonic() > up_at + GRACE_SECONDS:
                 print("hookd: hookd is not running; the run goes on when it starts",
                       file=sys.stderr)
                 return 1
             time.sleep(0.1)
-        sql = "SELECT exit, duration FROM runs WHERE id = ?"
-        for code, seconds in self.store.execute(sql, number).fetchall() if following else ():
+        for run in self.store.runs("WHERE r.id = ?", number) if following else ():
             print("" if last == b"\n" else "\n", end="")
-            self.say(summary(rows[0], Outcome(state, code or 0, rows[0].note), seconds or 0.0))
-            return code or (0 if state == "ok" else 1)
-        return 1 if following else 0  # its row was forgotten
+            self.say(summary(run, Outcome(state, code or 0, run.note), seconds or 0.0))
+        return code or (0 if state == "ok" else 1)
 
-    def follow(self, number: int) -> int:
+    def follow(self, number: int, push: Push) -> int:
         """Follow a run that a verb queued: print its output and its end; return its exit status."""
-        up, run = wake_daemon(self.state), self.store.runs("WHERE r.id = ?", number)[0]
-        print(f"queued run {number}: {run.push}", flush=True)
+        up = wake_daemon(self.state)
+        print(f"queued run {number}: {push}", flush=True)
         if not up:
             print("hookd: hookd is not running; the run begins when it starts", file=sys.stderr)
             return 1
-        try:
-            return self.watch(number, True)
-        except KeyboardInterrupt:
-            print(f"\nhookd: run {number} goes on; hookd.py log -f {number} follows it",
-                  file=sys.stderr)
-            raise
+        return self.watch(number, True)
 
     # ---- verbs
 
     def serve(self) -> int:
         """run the daemon (the default verb)"""
         import ctypes
-        config = self.config
+        config, state = self.config, self.state
         os.closerange(3 + passed_count(), 1024)  # such as the lock of a run that started this hookd
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = CONNECTIONS_MAX + SPARE_FILES + JOB_FILES * config.jobs  # one for each connection
         wanted = max(soft, wanted if hard < 0 else min(wanted, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        make_state(config.state)
+        for folder in ("", "runs", "locks", "work"):
+            os.makedirs(os.path.join(state, folder), 0o700, exist_ok=True)
+        with contextlib.suppress(PermissionError):
+            os.chmod(state, 0o700)
         keyring = read_keyring(config, make=True)
-        lock = private(os.path.join(config.state, "locks", DAEMON_LOCK), os.O_RDWR | os.O_CREAT)
+        lock = private(os.path.join(state, "locks", DAEMON_LOCK), os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = daemon_pid(config.state)
-            raise SystemExit(f"hookd: {config.state} is held by hookd {holder}; stop that one "
+            raise SystemExit(f"hookd: {state} is held by hookd {daemon_pid(state)}; stop that one "
                              "first") from None
         os.ftruncate(lock, os.pwrite(lock, f"hookd {os.getpid()} log={config.log}\n".encode(), 0))
         open_log(config.log)
@@ -4364,20 +4274,16 @@ class Command:
             libc.mallopt(-3, CHUNK // 2)  # M_MMAP_THRESHOLD, mallopt(3): else each block grows it
             libc.malloc_trim(0)  # what compiling took
         file = os.path.abspath(self.options.file)
-        return Daemon(config, keyring, partial(load, file, self.state)).serve()
+        return Daemon(config, keyring, partial(load, file, state)).serve()
 
     def check(self) -> int:
         """the ini and what it names: every problem, then a table of the hooks"""
         if self.options.branch:
             return self.explain()
-        ini, found = self.ini, Check(self.config, self.options.file, self.options.online)
-        for section, key, fault in found.faults():
-            if fault:
-                ini.problem(section, key, fault)
-        for doubt in found.doubts():
-            ini.problem(*doubt, warns=True)
+        ini = self.ini
+        Check(ini, self.config, self.options.online).look()
         for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
-            print(redact(line, self.hidden), file=sys.stderr)
+            self.say(line, sys.stderr)
         table(["HOOK", "EVENT", "DIRECTORY"], (
             [hook.section, hook.event, hook.directory] for hook in self.config.hooks.values()))
         return 78 if ini.problems else 0
@@ -4385,20 +4291,19 @@ class Command:
     def explain(self) -> int:
         """Print which hook takes REPO BRANCH, and each setting as it is for it; never a secret."""
         (hook, push), rows = self.needed_hook(), []
-        shown = {key: fill(getattr(hook, key), push.repo, push.ref)
-                 for key in ("directory", "git", "lock", "report_url")}
-        shown.update(
-            secret="***" if hook.secret else "", secret_file=hook.secret_file,
-            report_token="***" if hook.report_token else "",
-            environment=" ".join(f"{name}=***" for name, _ in hook.environment))
         for key in HOOK_KEYS:
-            level = self.config.level_of(hook, key)
-            given = self.config.levels[level][key] if level else HOOK_KEYS[key]["text"]
-            text = shown.get(key, given)
-            if key in SECRETS and not text:  # the two are one setting
+            value, level = getattr(hook, key), self.config.level_of(hook, key)
+            text = self.config.levels[level][key] if level else HOOK_KEYS[key]["text"]
+            if key in ("directory", "git", "lock", "report_url", "secret_file"):
+                text = fill(value, push.repo, push.ref)
+            elif key == "environment":
+                text = " ".join(f"{name}=***" for name, _ in value)
+            elif key in ("secret", "report_token"):
+                text = "***" if value else ""
+            if key in SECRETS and not value:  # the two are one setting
                 level = ""
-            value = redact(" ".join(text.split()), self.hidden)
-            rows.append([key, value, f"[{level}]" if level else "default"])
+            rows.append([key, redact(" ".join(text.split()), self.hidden),
+                         f"[{level}]" if level else "default"])
         print(f"[{hook.section}] takes {escape(push.ref)}, whose slug is {slug(push.ref)}")
         table(["SETTING", "VALUE", "FROM"], rows)
         return 0
@@ -4419,33 +4324,29 @@ class Command:
             push = push._replace(commit=goal or ("" if hook.git else seen), before=seen)
             number = store.add(target, push, "run", hook, payload=push_json(push),
                                goal=goal if hook.git else "")
-            why = store.paused(number, by_verb=True)
-        if why is not None:
-            print(f"hookd: {push.place} is paused ({why}); a run by hand goes ahead",
-                  file=sys.stderr)
-        return self.follow(number)
+        return self.follow(number, push)
 
-    def way_back(self, target: Target, named: str) -> tuple[str, str, int]:
+    def way_back(self, target: Target, run: int, wanted: str) -> tuple[str, str, int]:
         """Return where a rollback goes: commit, release, and the run that it restores.
 
-        From what does not work to what stands; else from what stands to the newest ok run of
-        another commit before the one that deployed it, where a rollback counts as the run that it
-        restored.
+        To the run or commit that is named; else from what does not work to what stands; else from
+        what stands to the newest ok run of another commit before the one that deployed it, where
+        a rollback counts as the run that it restored.
         """
         store = self.store
-        if is_number(named):
+        if run:
             sql = """SELECT commit_id, CASE state WHEN 'ok' THEN release ELSE '' END,
                 CASE restores WHEN 0 THEN id ELSE restores END FROM runs
                 WHERE id = ? AND target = ? AND seq IS NOT NULL AND commit_id != ''"""
-            for commit, release, origin in store.execute(sql, named, target.id):
+            for commit, release, origin in store.execute(sql, run, target.id):
                 return commit, release, origin
-            raise SystemExit(f"hookd: run {named} deployed no commit that one could go back to")
+            raise SystemExit(f"hookd: run {run} deployed no commit that one could go back to")
         good = [(restores or number, number, commit, release)  # without git, some know no commit
                 for number, commit, release, restores in store.good(target.id) if commit]
         last = store.value("""SELECT state FROM runs WHERE target = ? AND seq IS NOT NULL
             AND state != 'superseded' ORDER BY seq DESC LIMIT 1""", target.id)
-        if named:
-            good = [row for row in good if row[2] == named] or [(0, 0, named, "")]
+        if wanted:
+            good = [row for row in good if row[2] == wanted] or [(0, 0, wanted, "")]
         elif last == "ok" and good:
             origin, _, stands, _ = good[0]
             good = [row for row in good if row[1] < origin and row[2] != stands]
@@ -4458,16 +4359,16 @@ class Command:
         """go back to what worked, or to COMMIT or RUN; pauses the branch"""
         (hook, push), store, named = self.needed_hook(), self.store, self.options.goal or ""
         push = push._replace(repo=store.spelling(push.repo), event=hook.event)
-        known = "SELECT 1 FROM runs WHERE id = ? AND repo = ?"
-        if named and not (is_number(named) and store.value(known, named, push.repo)):
-            named = self.full_commit(hook, push, named)
+        sql = "SELECT id FROM runs WHERE id = ? AND repo = ?"
+        run = store.value(sql, named, push.repo) if named.isdecimal() else 0
+        wanted = self.full_commit(hook, push, named) if named and not run else ""
         with store.transaction():
             target = store.target(hook, push.repo, push.ref)
             busy = store.value("""SELECT id FROM runs INDEXED BY runs_open WHERE target = ?
                 AND state IN ('queued', 'running') AND cause = 'rollback'""", target.id)
             if busy:
                 raise SystemExit(f"hookd: rollback run {busy} is not over; hookd.py log -f {busy}")
-            commit, release, restores = self.way_back(target, named)
+            commit, release, restores = self.way_back(target, run, wanted)
             stands = next((row[1] for row in store.good(target.id)), "")
             subject = store.value("SELECT subject FROM runs WHERE id = ?", restores) or ""
             push = push._replace(commit=commit, subject=subject)
@@ -4476,9 +4377,9 @@ class Command:
             why = f"rolled back to {commit[:7]} by {user_name()}"
             store.pause((push.repo, push.ref), why, number, target.id)
         moves = f"from {stands[:7] or 'nothing'}" if stands != commit else "back"
-        print(f"{moves} to {commit[:7]}; {push.place} is paused, `hookd.py resume "
-              f"{place_name(push.repo, push.ref)}` lets pushes deploy again", flush=True)
-        return self.follow(number)
+        print(f"{moves} to {commit[:7]}; {push.place} is paused, `hookd.py resume {push.place}` "
+              "lets pushes deploy again", flush=True)
+        return self.follow(number, push)
 
     def cancel(self) -> int:
         """end RUN, or what runs and waits for REPO BRANCH"""
@@ -4491,9 +4392,7 @@ class Command:
                 else:
                     store.wish(row.id, who)
         if not rows:
-            named = [] if self.options.branch else self.runs("")
-            ended = "".join(f"run {row.id} has ended: {row.state}" for row in named)
-            raise SystemExit(f"hookd: nothing to cancel: {ended or 'nothing runs or waits there'}")
+            raise SystemExit("hookd: nothing to cancel: nothing runs or waits there")
         up, state_of = wake_daemon(self.state), "SELECT state FROM runs WHERE id = ?"
         for row in rows:
             while up and store.value(state_of, row.id) == "running":
@@ -4506,29 +4405,26 @@ class Command:
 
     def pause(self) -> int:
         """hold back the runs of a branch, a repository, or all"""
-        place, store = self.pause_place(), self.store
-        if self.maybe:
-            self.hooks()
+        place, store, config = self.pause_place(), self.store, self.config
+        if place[0] and config.hooks and not config.hooks_for(place[0]):
+            raise self.no_hook()
         with store.transaction():
             store.execute("DELETE FROM pauses WHERE repo = ? AND ref = ?", *place)
             store.pause(place, self.options.why or f"by {user_name()}")
         wake_daemon(self.state)
-        print(f"paused {place_name(*place)}; `hookd.py resume` with the same words goes on")
+        print(f"paused {self.place}; `hookd.py resume` with the same words goes on")
         return 0
 
     def resume(self) -> int:
         """lift the pause that was made with the same words"""
         place, store = self.pause_place(), self.store
         with store.transaction():
-            lifted = store.lift("repo = ? AND ref = ?", *place)
-            if lifted:
-                store.execute("INSERT INTO asks VALUES (?, ?)", *place)
-        for line in self.pauses():
-            self.say(f"still {line}")
-        if not lifted:
-            raise SystemExit("hookd: no pause was made with these words")
+            if not store.lift("repo = ? AND ref = ?", *place):
+                raise SystemExit("hookd: no pause was made with these words; `hookd.py status` "
+                                 "lists them")
+            store.execute("INSERT INTO asks VALUES (?, ?)", *place)
         wake_daemon(self.state)
-        print(f"resumed {place_name(*place)}")
+        print(f"resumed {self.place}")
         for row in self.targets():
             name = f"{row['repo']} {row['branch']}"
             seen = store.value("SELECT commit_id FROM heads WHERE target = ? AND ref = ?",
@@ -4541,16 +4437,16 @@ class Command:
     def send(self) -> int:
         """a signed push to the running daemon, as GitHub would send it"""
         import uuid
-        options, (hook, push), delivery = self.options, self.find_hook(), str(uuid.uuid4())
-        deleted = options.event == "delete"
+        options, delivery, deleted = self.options, str(uuid.uuid4()), self.options.event == "delete"
+        hook, push = self.find_hook("push" if deleted else options.event)
         commit = "" if deleted else options.commit or os.urandom(20).hex()
         hooks = [hook] if hook else self.config.hooks_for(push.repo)
         body = push_json(push._replace(commit=commit, deleted=deleted))
-        digest = hmac.digest(self.secrets(hooks, make=False)[0], body, "sha256").hex()
+        digest = hmac.digest(self.secrets(hooks)[0], body, "sha256").hex()
         status, text = self.post(body, {
-            "Content-Type": JSON, "X-GitHub-Delivery": delivery,
-            "X-GitHub-Event": "ping" if options.event == "ping" else push.event,
-            "X-Hub-Signature-256": f"sha256={digest}"})
+            "Content-Type": JSON, "X-GitHub-Delivery": delivery, "X-GitHub-Event": push.event,
+            "X-Hub-Signature-256": f"sha256={digest}",
+            "X-Forwarded-For": "127.0.0.1"})  # for allow_from, on a unix socket
         print(text, flush=True)
         if options.commit and hook and hook.git and push.event == "push" and not deleted:
             print("hookd: with git, the newest commit of the branch is deployed; hookd.py run "
@@ -4569,7 +4465,6 @@ class Command:
                 link.sock = socket.socket(socket.AF_UNIX)
                 link.sock.settimeout(REQUEST_SECONDS)
                 link.sock.connect(where[5:])
-                headers = {**headers, "X-Forwarded-For": "127.0.0.1"}  # for allow_from
             else:  # 0.0.0.0 and :: lead to this machine
                 host, _, port = where.rpartition(":")
                 link.sock = socket.create_connection((host.strip("[]"), int(port)), REQUEST_SECONDS)
@@ -4587,37 +4482,38 @@ class Command:
 
     def status(self) -> int:
         """each target: last run, when, by whom, what waits and why; with REPO BRANCH its runs"""
-        options, pid, known = self.options, daemon_pid(self.state), self.has_history()
-        rows = self.targets() if known else []
-        found = [clean(row, TARGET_FACTS, self.hidden) for row in rows]
+        options, store, pid, rows = self.options, self.store, daemon_pid(self.state), self.targets()
         if options.branch:
+            head = "RUN STATE CAUSE COMMIT BY SUBJECT QUEUED TOOK NOTE"
             found = [clean(facts, RUN_FACTS, self.hidden) for row in rows
-                     for facts in history(self.store, row["target"])]
-        if options.repo and known and not rows:
-            name = escape(f"{options.repo} {options.branch or ''}")
-            print(f"hookd: nothing has run for {name}", file=sys.stderr)
+                     for facts in history(store, row["target"])]
+        else:
+            head = "TARGET RUN STATE COMMIT BY SUBJECT ENDED TOOK NOW"
+            found = [clean(row, TARGET_FACTS, self.hidden) for row in rows]
+        if options.repo and not rows:
+            print(f"hookd: nothing has run for {self.place}", file=sys.stderr)
         if options.json:
             print(json.dumps(found, indent=1))
         else:
-            head = ["RUN", "STATE", "CAUSE", "COMMIT", "BY", "SUBJECT", "QUEUED", "TOOK", "NOTE"]
-            if not options.branch:
-                head = ["TARGET", "RUN", "STATE", *head[3:6], "ENDED", "TOOK", "NOW"]
-            table(head, map(self.row, found))
-            for line in self.pauses() if known and not options.branch else ():
-                self.say(line)
+            cells = map(self.cells, found)
+            table(head.split(), ([row[name] for name in head.split()] for row in cells))
+            for repo, ref, why in store.execute("SELECT repo, ref, why FROM pauses"):
+                place = f"{repo} {short_name(ref)}".strip() or "everything"
+                self.say(f"paused: {place}: {why}")
             print(f"hookd is running, pid {pid}" if pid else "hookd is not running")
         return 1 if not pid or any(row["state"] not in (None, "ok") for row in rows) else 0
 
-    def row(self, facts: Facts) -> list[Any]:
-        """Return the row of a target or of a run in the table that `status` prints."""
-        took = "" if facts["duration"] is None else f"{facts['duration']:.1f}s"
-        last = [(facts["commit"] or "")[:7], facts["pusher"], facts["subject"]]
-        if "note" in facts:
-            head = [facts["run"], facts["state"], facts["cause"]]
-            return [*head, *last, ago(facts["queued"], time.time()), took, facts["note"]]
-        head = [f"{facts['repo']} {facts['branch']}", facts["run"] or "-", facts["state"] or "-"]
-        ended = ago(facts["ended"], time.time()) if facts["ended"] else ""
-        return [*head, *last, ended, took, redact(self.doing(facts), self.hidden)]
+    def cells(self, facts: Facts) -> dict[str, Any]:
+        """Return what the tables of `status` show of a target or a run, by column."""
+        now, took = time.time(), facts["duration"]
+        queued, ended = facts.get("queued"), facts["ended"]
+        return {
+            "TARGET": f"{facts.get('repo')} {facts.get('branch')}", "RUN": facts["run"],
+            "STATE": facts["state"], "CAUSE": facts["cause"], "COMMIT": (facts["commit"] or "")[:7],
+            "BY": facts["pusher"], "SUBJECT": facts["subject"], "NOTE": facts.get("note"),
+            "QUEUED": queued and ago(queued, now), "ENDED": ended and ago(ended, now),
+            "TOOK": None if took is None else f"{took:.1f}s",
+            "NOW": redact(self.doing(facts), self.hidden) if "waiting" in facts else ""}
 
     def doing(self, target: Facts) -> str:
         """Say what runs, what waits and why."""
@@ -4635,20 +4531,20 @@ class Command:
 
     def log(self) -> int:
         """a run's output, by RUN or REPO BRANCH; the newest run's without"""
-        if not self.has_history():
-            return 1
         for row in self.runs("ORDER BY r.seq DESC, r.id DESC LIMIT 1"):
             note = f" ({row.note})" if row.note else ""
-            text = redact(f"hookd: run {row.id} {row.state}{note}: {row.push}", self.hidden)
-            print(escape(text), file=sys.stderr)
+            self.say(f"hookd: run {row.id} {row.state}{note}: {row.push}", sys.stderr)
             self.watch(row.id, self.options.follow)
             return 0
         raise SystemExit("hookd: no such run; `hookd.py status` lists them")
 
     def secret(self) -> int:
         """the secret to paste into GitHub, made if there is none"""
-        make_state(self.state)
-        print("\n".join(secret.decode() for secret in self.secrets(self.hooks(), make=True)))
+        repo = self.options.repo
+        hooks = self.config.hooks_for(repo) if repo else []
+        if repo and not hooks:
+            raise self.no_hook()
+        print("\n".join(secret.decode() for secret in self.secrets(hooks, make=True)))
         return 0
 
 
@@ -4664,7 +4560,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "BRANCH": {"dest": "branch", "help": "a branch, or a whole refs/..."},
     "COMMIT|RUN": {"dest": "goal", "help": "where to go back to"},
     "-f": {"dest": "follow", "action": "store_true", "help": "until the run has ended"},
-    "-m": {"dest": "why", "default": "", "metavar": "WHY", "help": "for whoever asks"},
+    "-m": {"dest": "why", "type": escape, "metavar": "WHY", "help": "for whoever asks"},
     "--commit": {"metavar": "ID", "help": "of this commit"},
     "--event": {"default": "", "choices": ("push", "delete", "workflow_run", "release", "ping"),
                 "help": "instead of the hook's own"},
@@ -4683,7 +4579,7 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
     top.add_argument("--version", action="version",
                      version=f"hookd {VERSION}, for Python 3.9 or later")
     parsers = top.add_subparsers(metavar="VERB", dest="verb")
-    top.set_defaults(verb="serve", event="")
+    top.set_defaults(verb="serve", repo=None, branch=None)
     for verb, words in VERBS.items():
         about = getattr(Command, verb).__doc__
         parser = parsers.add_parser(verb, help=about, description=about)
@@ -4695,11 +4591,13 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
                 optional = "?" if name != word else None
                 parser.add_argument(metavar=name, nargs=optional, **ARGUMENTS[name])
     options = top.parse_args(argv)
-    typed = "".join(word for word in vars(options).values() if isinstance(word, str))
-    if re.search("[\ud800-\udfff]", typed.replace(options.file, "")):
-        top.error("its words are no UTF-8 text")
-    if options.verb == "check" and options.repo and not options.branch:
-        top.error("check takes REPO and BRANCH, or neither")
+    repo, branch, by_run = options.repo, options.branch, options.verb in ("cancel", "log")
+    if repo and not REPOSITORY.fullmatch(repo) and not (by_run and repo.isdecimal()):
+        top.error("REPO is written owner/repo")
+    if branch is not None and not REF.fullmatch(re.sub("^(?!refs/)", "refs/heads/", branch)):
+        top.error("BRANCH is written as git knows it")
+    if "/" in (repo or "") and not branch and (by_run or options.verb == "check"):
+        top.error(f"{options.verb} takes a REPO with its BRANCH")
     return options
 
 
@@ -4709,7 +4607,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         return int(getattr(Command(options, argv), options.verb)())
     except ConfigError as error:
-        print("\n".join(error.problems), file=sys.stderr)
+        print("\n".join(error.args), file=sys.stderr)
         return 78
     except KeyboardInterrupt:
         return 130
