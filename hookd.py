@@ -252,6 +252,7 @@ PLACES = "{repo} {owner} {name} {branch} {slug}"
 WORK = "work/{repo}/{slug}"
 SCRIPTS = ("command", "activate", "on_success", "on_failure", "on_delete")
 SECRETS = ("secret", "secret_file")
+NEEDS = {"releases": "git", "deploy_key": "git", "shared": "releases", "workflows": "event"}
 FILES = ("state", "tls_cert", "tls_key", "page", "deploy_key", "directory", "environment_file",
          "report_token_file")
 # systemd.exec(5), EnvironmentFile=: quoted parts, which may span lines, then plain text.
@@ -361,7 +362,8 @@ class Hook:
     paths: tuple[str, ...] = key("", lines)
     lock: str = key("", places(PLACES))
     catch_up: int = key("1h", form("no or a duration like 15m", f"no|{COUNT}[smhd]", amount))
-    releases: int = key("no", form("no or a number from 2 up", f"no|{COUNT}", amount))
+    releases: int = key("no", form("no or a number from 2 up", f"no|(?!1$){COUNT}",
+                                         amount))
     shared: tuple[str, ...] = key("", form("paths inside the release, like uploads/ or .env",
                                            convert=inner_paths))
     activate: str = key("")
@@ -466,9 +468,8 @@ class Ini:
                 self.problem(error.section, getattr(error, "option", ""), fault)
             except configparser.ParsingError as error:  # its own words would show a secret's line
                 for number, _ in getattr(error, "errors", [(getattr(error, "lineno", 0), "")]):
-                    self.problems.append(
-                        f"{name}: line {number} is no [section] and no `key = value` in one; "
-                        "close the bracket, or indent what continues a value")
+                    fault = "is no [section], nor a `key = value` in one; close its bracket, or "
+                    self.problems.append(f"{name}: line {number} {fault}indent it")
         self.levels = {section: dict(ini[section]) for section in ini.sections()}
 
     def problem(self, section: str, key: str, fault: str, warns: bool = False) -> None:
@@ -495,26 +496,20 @@ class Ini:
         parsed = KEYS[key]["parse"](text)
         return os.path.join(self.base, text) if key in FILES else parsed
 
-    def look_twice(self, section: str, key: str, text: str) -> None:
-        """Warn where a value looks like a comment or a setting that was taken for its text."""
-        names = KEYS.keys() & set(re.findall(r"(?m)^\s*(\w+)\s+=", text))
-        if key in SCRIPTS and names:
-            fault = f"its line `{min(names)} =` is shell; delete the indentation to set that"
-            self.problem(section, key, fault, warns=True)
-        elif key not in SCRIPTS and re.search(r"\s[#;]", text):
-            fault = "its value has the `#` or `;` in it; a comment needs a line of its own"
-            self.problem(section, key, fault, warns=True)
-
     def read(self, section: str) -> dict[str, Any]:
-        """Return what a section sets; report what is wrong with its settings."""
+        """Return what a section sets; report what is wrong, or looks so, with its settings."""
         values: dict[str, Any] = {}
         for key, text in self.levels[section].items():
             values[key] = text  # not missing, if only to be mended
             try:
                 values[key] = self.value(section, key, text)
-                self.look_twice(section, key, text)
             except ValueError as error:
                 self.problem(section, key, str(error))
+            script = rf"(?m)^\s*({'|'.join(KEYS)})\s+="
+            taken = re.search(script if key in SCRIPTS else r"\s[#;]", text)
+            if taken:
+                fault = f"has `{taken[0].strip()}` in its value; a comment needs a line of its own"
+                self.problem(section, key, f"{fault}, a setting no indentation", warns=True)
         if set(SECRETS) & set(values):  # the two are one setting
             values = {"secret": (), "secret_file": "", **values}
         return values
@@ -532,19 +527,13 @@ class Ini:
     def judge(self, hook: Hook) -> None:
         """Report what does not go together in a hook."""
         own = self.levels[hook.section]  # a default need not concern every hook
-        keyed = "deploy_key" in own and not hook.git
-        tested = hook.event == "workflow_run"
-        for key, wrong, fault in (
-                ("command", not hook.command and not hook.git, "is missing; set it, or git"),
-                ("releases", hook.releases and not hook.git, "needs git; set git to a URL"),
-                ("releases", hook.releases == 1, "is too few; use a number from 2 up"),
-                ("deploy_key", keyed, "needs git; set git to the repository's URL"),
-                ("shared", "shared" in own and not hook.releases, "needs releases; set releases"),
-                ("workflows", "workflows" in own and not tested,
-                 "needs event; set event = workflow_run")):
-            if wrong:
-                self.problem(hook.section, key, fault)
-        if tested and not hook.workflows:
+        if not hook.command and not hook.git:
+            self.problem(hook.section, "command", "is missing; set command, or git, or both")
+        for key, other in NEEDS.items():
+            given, met = (getattr(hook, name) != KEYS[name]["default"] for name in (key, other))
+            if given and not met and (key in own or key == "releases"):
+                self.problem(hook.section, key, f"needs {other}; set {other} as well")
+        if hook.event == "workflow_run" and not hook.workflows:
             fault = "is not set, so any green workflow deploys; name the one that tests"
             self.problem(hook.section, "workflows", fault, warns=True)
 
@@ -553,14 +542,12 @@ class Ini:
         self.place = self.state(default_state)
         words = {name: name.split() for name in self.levels if name != "hookd"}
         hooked = {pair[0].lower() for pair in words.values() if len(pair) == 2}
-        shared: dict[str, str] = {}
+        shared = {pair[0].lower(): name for name, pair in words.items() if len(pair) == 1}
         for name, pair in words.items():
             if len(pair) not in (1, 2) or not REPOSITORY.fullmatch(pair[0]):
                 self.problem(name, "", "is no hook; write [hookd] or [owner/repo branch]")
-            elif pair[0].lower() not in hooked:
+            elif pair[0].lower() not in hooked or (len(pair) == 1 and name not in shared.values()):
                 self.problem(name, "", f"no hook uses this section; add one like [{name} main]")
-            elif len(pair) == 1 and shared.setdefault(pair[0].lower(), name) != name:
-                self.problem(name, "", "duplicate, in another case; keep one")
         self.values = {name: self.read(name) for name in self.levels}
         hooks = {name: self.hook(name, shared.get(pair[0].lower(), ""), *pair)
                  for name, pair in words.items() if len(pair) == 2}
@@ -586,7 +573,6 @@ REQUEST_LINE = re.compile(rb"([A-Za-z][!#$%&'*+.^_`|~0-9A-Za-z-]*) ([!-~]+) HTTP
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
-SIGNATURE = re.compile(r"sha256=([0-9a-f]{64})")
 # What hookd reads must not come twice: the proxy in front of it may have believed the other.
 SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "content-encoding",
           "x-hub-signature-256", "x-github-event", "x-github-delivery")
@@ -659,7 +645,6 @@ def check_head(config: Config, request: BaseHTTPRequestHandler, length: int) -> 
            (coding != "identity", 415, "Content-Encoding not supported"),
            (kind not in ("", JSON, FORM), 415, f"Content-Type must be {JSON} or {FORM}"),
            (not signature, 403, "signature missing"),
-           (not SIGNATURE.fullmatch(signature), 403, "signature does not match"),
            (not kind, 415, "Content-Type missing"))
 
 
@@ -3801,7 +3786,10 @@ def become_owner(state: str, argv: Sequence[str]) -> None:
     os.setgid(owner.pw_gid)
     os.setuid(owner.pw_uid)
     os.environ.update(HOME=owner.pw_dir, HOOKD_USER=os.environ.get("SUDO_USER", "root"))
-    os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *argv])
+    again = [os.path.abspath(__file__), *argv]
+    with contextlib.suppress(PermissionError):  # a Python in /root is not the owner's to run
+        os.execv(sys.executable, [sys.executable, *again])
+    os.execv("/usr/bin/python3", ["/usr/bin/python3", *again])
 
 
 def read_ini(file: str) -> Ini:

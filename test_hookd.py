@@ -923,7 +923,7 @@ class Configuration(Case):
         ("a section that no hook uses", "[o/r]\ncommand = a\n", "[o/r]"),
         ("a section without its ]", "[hookd]\njobs = 2\n[o/r main\ncommand = true\n",
          "line 3 is no [section]"),
-        ("a repository twice", "[o/r]\n[O/R]\n[o/r main]\ncommand = a\n", "[O/R]: duplicate"),
+        ("a repository twice", "[o/r]\n[O/R]\n[o/r main]\ncommand = a\n", "[o/r]: no hook uses"),
     )
 
     SILENT = {  # looks a little like one of the mistakes below, and is none
