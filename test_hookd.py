@@ -6293,7 +6293,7 @@ class ForgeHandler(BaseHTTPRequestHandler):
 def report_of(number=1, api="", token=TOKEN, **more):
     """Return a report as the daemon would make it."""
     body = {"state": "success", "context": "hookd/main", "description": "run 1 ok", **more}
-    return hookd.Report(number, number, api, token, "octo/site", sha("commit"), body)
+    return hookd.Report(number, api, token, "octo/site", sha("commit"), body)
 
 
 STARVED = f"""
@@ -6380,9 +6380,7 @@ class OneReport(ReportCase):
             (403, False, "403 token repo:status write:repository statuses: write"),
             (422, False, "422"),
             (408, True, "408"), (429, True, "429"), (500, True, "500"), (503, True, "503"),
-            (599, True, "599"), ((403, {"Retry-After": "60"}), True, "403"),
-            ((403, {"X-RateLimit-Remaining": "0"}), True, "403"),
-            ((403, {"X-RateLimit-Remaining": "10"}), False, "403 token"),
+            (599, True, "599"),
             (DROP, True, "HTTP"))
         forge = self.forge(*(answer for answer, _, _ in table))
         for answer, retried, words in table:
@@ -6694,7 +6692,7 @@ class PageText(unittest.TestCase):
         run = run_of(12, "failed", cause="rollback", duration=125, exit=3, note="of the script")
         text = self.read(target_of(), runs=[run]).text
         for words in (sha(12)[:7], "Fix the menu", "run 12 \u00b7 rollback \u00b7 by mona",
-                      "took 2 minutes", "exit 3", "of the script", "5 minutes ago"):
+                      "took 125 s", "exit 3", "of the script", "5 minutes ago"):
             self.assertIn(words, text)
 
     def test_unknown_facts_are_left_out(self):
@@ -7204,14 +7202,8 @@ class Page(Case):
 # ---------------------------------------------------------------- Decisions
 
 
-class Decisions(unittest.TestCase):
+class Brain(unittest.TestCase):
     """The queue's brain: values go in; rows and values come out. No socket, thread or process."""
-
-    MOVES = {  # the contract's states, and how a run may go from one to another
-        "queued": {"running", "superseded", "cancelled"},
-        "running": {"ok", "failed", "timeout", "cancelled", "interrupted", "superseded", "queued"},
-        "ok": set(), "failed": set(), "timeout": set(), "cancelled": set(), "interrupted": set(),
-        "superseded": set()}
 
     INI = section("octo/site", queue="every") + "\n".join((
         hook("true", "a"), hook("true", "b", lock="one"), hook("true", "c", lock="one"),
@@ -7230,12 +7222,18 @@ class Decisions(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.state)
         for name in ("runs", "locks"):
             os.mkdir(os.path.join(self.state, name))
-        self.config = hookd.Ini("hookd.ini", self.state, self.INI).config(self.state)
         self.bodies = itertools.count()
-        self.start()
+        self.read(self.INI)
+
+    def read(self, *sections):
+        """Begin, or begin again, with this ini."""
+        self.config = hookd.Ini("hookd.ini", self.state, "\n".join(sections)).config(self.state)
+        return self.start()
 
     def start(self):
         """Begin with what is on disk, as after a crash; return what follows from that."""
+        if hasattr(self, "store"):
+            self.store.close()
         self.store = hookd.Store(self.state, serves=True)
         self.addCleanup(self.store.close)
         self.dispatcher = hookd.Dispatcher(self.config, self.store, self.fail)
@@ -7246,19 +7244,23 @@ class Decisions(unittest.TestCase):
                            "BEGIN SELECT note_move(old.state, new.state); END")
         return self.dispatcher.recover()
 
+    def push(self, branch="a", **fields):
+        push = hookd.Push("push", "octo/site", f"refs/heads/{branch}", sha(next(self.bodies)))
+        return push._replace(**fields)
+
     def delivered(self, branch="a", **fields):
         """Return the value of a push that was judged good; `connection` is its branch."""
-        push = hookd.Push("push", "octo/site", f"refs/heads/{branch}", sha(next(self.bodies)))
-        push = push._replace(**fields)
-        decision = hookd.Decision(202, "", self.config.hook_for(push), push, b"{}", push.commit)
+        push = self.push(branch, **fields)
+        name = push.commit or f"body {next(self.bodies)}"
+        decision = hookd.Decision(202, "", self.config.hook_for(push), push, b"{}", name)
         return hookd.Delivered(branch, "a delivery", decision)
 
     def ended(self, run, state="ok", **fields):
         return hookd.Ended(self.jobs[run], hookd.Outcome(state, **fields), 1.0)
 
-    def turn(self, *events):
+    def turn(self, *events, begins=True):
         """Return what follows from events; keep the jobs that began."""
-        effects = self.dispatcher.turn(events, True)
+        effects = self.dispatcher.turn(events, begins)
         for effect in effects:
             if isinstance(effect, hookd.Begin):
                 self.jobs[effect.job.run.id] = effect.job
@@ -7266,8 +7268,35 @@ class Decisions(unittest.TestCase):
                 self.jobs.pop(effect.job.run.id, None)
         return effects
 
+    def write(self, sql, *values):
+        """Write as a verb would, or as time passes."""
+        with self.store.transaction():
+            return self.store.execute(sql, *values)
+
+    def let_time_pass(self):
+        self.store.execute("UPDATE runs SET not_before = 0")
+
+    def later(self, *events):
+        """Take a turn when the waiting is over."""
+        with self.store.transaction():
+            self.let_time_pass()
+        return self.turn(*events)
+
+    def queue(self, branch, cause, **facts):
+        """Queue a run as a verb does; return its number."""
+        push, store = self.push(branch), self.store
+        found = self.config.hook_for(push)
+        with store.transaction():
+            target = store.target(found, push.repo, push.ref)
+            return store.add(target, push, cause, found, payload=b"{}", **facts)
+
     def states(self):
         return dict(self.store.execute("SELECT id, state FROM runs ORDER BY id").fetchall())
+
+    def row(self, run, names):
+        """Return one or several columns of a run."""
+        found = self.store.execute(f"SELECT {names} FROM runs WHERE id = ?", run).fetchone()
+        return found if "," in names else found[0]
 
     def begun(self, effects):
         return [effect.job.run.id for effect in effects if isinstance(effect, hookd.Begin)]
@@ -7275,6 +7304,26 @@ class Decisions(unittest.TestCase):
     def answers(self, effects):
         return [(effect.connection, effect.status) for effect in effects
                 if isinstance(effect, hookd.Answer)]
+
+    def texts(self, effects):
+        return [effect.text for effect in effects if isinstance(effect, hookd.Answer)]
+
+    def lines(self, effects):
+        return [(logging.getLevelName(effect.level), effect.text) for effect in effects
+                if isinstance(effect, hookd.Line)]
+
+    def reports(self, effects):
+        return [effect for effect in effects if isinstance(effect, hookd.Report)]
+
+
+class Decisions(Brain):
+    """The moves of a run, and a turn as a whole."""
+
+    MOVES = {  # the contract's states, and how a run may go from one to another
+        "queued": {"running", "superseded", "cancelled"},
+        "running": {"ok", "failed", "timeout", "cancelled", "interrupted", "superseded", "queued"},
+        "ok": set(), "failed": set(), "timeout": set(), "cancelled": set(), "interrupted": set(),
+        "superseded": set()}
 
     def test_every_move_of_the_table_is_made_and_every_other_refused(self):
         self.turn(self.delivered())
@@ -7386,9 +7435,6 @@ class Decisions(unittest.TestCase):
         self.assertEqual(seen - table, set())
         self.assertEqual(table - seen, set(), "the walk has to come by every move")
 
-    def let_time_pass(self):
-        self.store.execute("UPDATE runs SET not_before = 0")
-
     def check_running(self):
         """Check that no two runs have one lock or directory, nor more run than there are jobs."""
         rows = self.store.execute(
@@ -7409,6 +7455,645 @@ class Decisions(unittest.TestCase):
             if not {"queued", "running"} & set(self.states().values()):
                 return
         self.fail(f"these wait for ever: {self.states()}")
+
+
+class Deliveries(Brain):
+    """What becomes of a push, a deletion and a commit that catch-up found."""
+
+    def test_the_answer_names_the_run_the_push_and_what_it_replaces(self):
+        self.turn(self.delivered("newest"))
+        first, second, third = (self.delivered("newest") for _ in range(3))
+        self.turn(first)
+        self.assertEqual(self.texts(self.turn(second, third)), [
+            f"queued run 3: {second.decision.push}, in place of run 2",
+            f"queued run 4: {third.decision.push}, in place of run 3"])
+        self.assertEqual(str(third.decision.push), f"octo/site newest at {sha(3)[:7]}")
+        self.assertEqual(self.states(), {1: "running", 2: "superseded", 3: "superseded",
+                                         4: "queued"})
+        self.assertEqual(self.row(2, "note, payload"), ("by run 3", None))
+
+    def test_with_every_each_push_waits_its_turn(self):
+        effects = self.turn(*(self.delivered("a") for _ in range(3)))
+        self.assertNotIn("in place of", " ".join(self.texts(effects)))
+        self.assertEqual(self.begun(effects), [1])
+        self.assertEqual(self.begun(self.turn(self.ended(1))), [2])
+        self.assertEqual(self.begun(self.turn(self.ended(2, "failed", exit=1))), [3])
+
+    def test_with_replace_the_answer_names_the_run_that_ends_once(self):
+        self.turn(self.delivered("replaced"))
+        effects = self.turn(self.delivered("replaced"))
+        self.assertIn(", in place of run 1", self.texts(effects)[0])
+        self.assertEqual(self.row(1, "wish"), "by run 2")
+        effects = self.turn(self.delivered("replaced"))
+        self.assertIn(", in place of run 2", self.texts(effects)[0])
+        self.assertEqual(self.row(1, "wish"), "by run 2", "the first to ask is the one who did")
+        self.turn(self.ended(1, "cancelled"))
+        self.assertEqual(self.begun(self.later()), [3])
+
+    def test_replace_does_not_end_what_a_verb_began_nor_anything_while_paused(self):
+        self.queue("replaced", "run")
+        self.turn()
+        effects = self.turn(self.delivered("replaced"))
+        self.assertEqual(self.row(1, "wish"), "")
+        self.turn(self.ended(1))
+        self.later()
+        with self.store.transaction():
+            self.store.pause(("octo/site", ""), "moving house")
+        effects = self.turn(self.delivered("replaced"))
+        self.assertRegex(self.texts(effects)[0], "^queued run 3: .*; paused: moving house$")
+        self.assertEqual(self.row(2, "state, wish"), ("running", ""))
+
+    def test_a_push_takes_no_place_of_a_run_that_a_verb_queued(self):
+        self.turn(self.delivered("newest"))
+        for cause in ("run", "rollback"):
+            self.queue("newest", cause)
+        self.assertNotIn("in place", self.texts(self.turn(self.delivered("newest")))[0])
+        self.assertEqual(self.states(), {1: "running", 2: "queued", 3: "queued", 4: "queued"})
+
+    def test_a_late_push_is_ignored_and_with_git_deploys_the_newest_commit(self):
+        for number, keys in enumerate(({}, {"git": "/srv/origin"})):
+            with self.subTest(keys):
+                branch = f"late{number}"
+                self.read(hook("true", branch, **keys))
+                self.turn(self.delivered(branch, order=9))
+                text, = self.texts(self.turn(self.delivered(branch, order=8)))
+                if keys:
+                    self.assertRegex(text, "^queued run")
+                else:
+                    self.assertEqual(text, f"ignored: octo/site {branch} had a newer push already")
+                newest = self.store.value("SELECT ordinal FROM targets WHERE ref = ?",
+                                          f"refs/heads/{branch}")
+                self.assertEqual(newest, 9, "a late push is never the newest")
+
+    def test_what_orders_pushes(self):
+        first, second = sha("first"), sha("second")
+        for what, old, new, late in (
+                ("a higher order", {"order": 5}, {"order": 6}, False),
+                ("a lower order", {"order": 5}, {"order": 4}, True),
+                ("an order of another event", {"order": 5, "event": "release"}, {"order": 4},
+                 False),
+                ("no order, and it follows the newest", {}, {"before": first}, False),
+                ("no order, and it is where an older one began", {"before": second}, {}, True),
+                ("an equal order that follows", {"order": 5}, {"order": 5, "before": first}, False),
+                ("an equal order, older", {"order": 5, "before": second}, {"order": 5}, True),
+                ("no order, and nothing tells", {}, {"before": sha("else")}, False),
+                ("a deletion of the newest", {},
+                 {"deleted": True, "commit": "", "before": first}, False)):
+            with self.subTest(what):
+                for name in ("runs", "targets", "taken"):
+                    self.write(f"DELETE FROM {name}")
+                self.turn(self.delivered(**{"commit": first, **old}), begins=False)
+                status = self.texts(self.turn(self.delivered(**{"commit": second, **new}),
+                                              begins=False))[0]
+                self.assertEqual("newer push already" in status, late, status)
+
+    def test_a_repeated_body_is_taken_only_while_it_is_the_newest(self):
+        first, second = self.delivered("a"), self.delivered("a")
+        for event, late in ((first, False), (first, False), (second, False), (first, True),
+                            (second, False)):
+            text, = self.texts(self.turn(event, begins=False))
+            self.assertEqual("newer push already" in text, late, text)
+
+    def test_a_deletion_cancels_what_waits_and_lifts_the_pauses_of_its_branch(self):
+        self.turn(self.delivered("a"), self.delivered("a"), self.delivered("x"),
+                  self.delivered("y"), self.delivered("x"))
+        with self.store.transaction():
+            self.store.pause(("octo/site", "refs/heads/a"), "")
+            self.store.pause(("octo/site", ""), "")
+        effects = self.turn(self.delivered("a", commit="", deleted=True))
+        self.assertEqual([(effect.status, effect.text) for effect in effects
+                          if isinstance(effect, hookd.Answer)],
+                         [(200, "ignored: octo/site a was deleted")])
+        self.assertEqual(self.row(2, "state, note"), ("cancelled", "the branch was deleted"))
+        self.assertEqual(self.row(1, "state"), "running")
+        self.assertEqual([self.row(run, "state") for run in (4, 5)], ["queued", "queued"])
+        self.assertEqual(self.store.execute("SELECT ref FROM pauses").fetchall(), [("",)])
+        text, = self.texts(self.turn(self.delivered("gone", commit="", deleted=True)))
+        self.assertRegex(text, r"^queued run 6: octo/site gone \(deleted\)")
+
+    def test_a_branch_that_was_deleted_is_listed_again_when_it_is_pushed_again(self):
+        listed = "SELECT gone FROM targets WHERE ref = 'refs/heads/a'"
+        for deleted in (False, True, False):
+            self.turn(self.delivered("a", deleted=deleted), begins=False)
+            self.assertEqual(self.store.value(listed), int(deleted))
+
+    def test_catch_up_queues_what_nothing_saw(self):
+        self.read(hook("true", "main", git="/srv/origin"),
+                  hook("true", "*", git="/srv/origin", queue="every"))
+        exact, pattern = self.config.hooks.values()
+        one, two = sha(1), sha(2)
+
+        def found(hook, **heads):
+            return self.turn(hookd.Found(hook, "octo/site", {
+                f"refs/heads/{name}": commit for name, commit in heads.items()}), begins=False)
+
+        self.assertEqual(self.lines(found(exact, main=one, other=one)), [
+            ("INFO", f"queued run 1: octo/site main at {one[:7]}, found by catch-up")])
+        self.assertEqual(self.row(1, "cause, commit_id, ref"),
+                         ("catch-up", one, "refs/heads/main"))
+        self.assertEqual(found(exact, main=one), [], "it was seen")
+        self.assertEqual(len(found(exact, main=two)), 1)
+        self.assertEqual(self.states(), {1: "superseded", 2: "queued"})
+        self.assertEqual(found(pattern, main=two, other=one), [], "at first they are noted")
+        self.assertEqual(len(found(pattern, other=two, new=one)), 2)
+        self.assertEqual(len(found(pattern, other=one)), 1)
+        self.assertEqual(set(self.states().values()), {"superseded", "queued"})
+        self.assertEqual(list(self.states().values()).count("queued"), 4, "`every` keeps each")
+        bad = hookd.Found(pattern, "octo/site", {"refs/heads/a..b": one, "HEAD": one})
+        self.assertEqual(self.turn(bad, begins=False), [])
+
+    def test_catch_up_knows_what_a_delivery_brought(self):
+        self.read(hook("true", "main", git="/srv/origin"))
+        push = self.delivered("main")
+        self.turn(push)
+        heads = {"refs/heads/main": push.decision.push.commit}
+        hook_of = self.config.hooks["octo/site main"]
+        self.assertEqual(self.turn(hookd.Found(hook_of, "octo/site", heads)), [])
+
+    def test_what_verbs_want_follows_from_the_next_turn(self):
+        self.turn(self.delivered("a"))
+        self.write("INSERT INTO asks VALUES ('octo/site', ''), ('octo/site', 'x'), ('', '')")
+        self.write("UPDATE runs SET wish = 'by mona'")
+        effects = self.turn()
+        self.assertEqual({effect.repo for effect in effects if isinstance(effect, hookd.Ask)},
+                         {"", "octo/site"})
+        self.assertEqual([effect for effect in effects if isinstance(effect, hookd.End)],
+                         [hookd.End(1, "by mona")])
+        self.assertEqual([effect for effect in self.turn() if isinstance(effect, hookd.Ask)], [])
+
+
+class WhatBegins(Brain):
+    """Which waiting run begins next, and what holds the others back."""
+
+    def test_verbs_then_exact_branches_then_patterns_each_oldest_first(self):
+        self.read("[hookd]\njobs = 1", section("octo/site", queue="every"),
+                  hook("true", "a", directory="/srv/a"), hook("true", "*"))
+        self.turn(self.delivered("a"))
+        for branch in ("x", "y", "a", "a"):
+            self.turn(self.delivered(branch))
+        for branch in ("x", "a"):
+            self.queue(branch, "run")
+        order = []
+        while self.jobs:
+            run, = self.jobs
+            order += self.begun(self.turn(self.ended(run)))
+        self.assertEqual(order, [6, 7, 4, 5, 2, 3])
+
+    def test_a_pattern_never_takes_the_last_of_several_jobs(self):
+        for jobs, taken in ((1, 1), (2, 1), (3, 2)):
+            with self.subTest(jobs=jobs):
+                self.write("DELETE FROM runs")
+                self.read(f"[hookd]\njobs = {jobs}", hook("true", "main"), hook("true", "*"))
+                pushes = [self.delivered(name) for name in ("w", "x", "y", "z")]
+                self.assertEqual(len(self.begun(self.turn(*pushes))), taken)
+                begun = self.begun(self.turn(self.delivered("main")))
+                self.assertEqual(len(begun), jobs - taken)
+
+    def test_nothing_begins_where_nothing_may(self):
+        effects = self.turn(self.delivered("a"), begins=False)
+        self.assertEqual(self.begun(effects), [])
+        self.assertEqual(self.begun(self.turn()), [1])
+        self.assertEqual(self.begun(self.turn()), [])
+
+    def test_a_lock_that_becomes_free_wakes_one_waiter(self):
+        self.turn(self.delivered("b"))
+        self.turn(self.delivered("c"), self.delivered("b"), self.delivered("c"))
+        waits = "SELECT id, waits FROM runs WHERE state = 'queued' ORDER BY id"
+        self.assertEqual([why for _, why in self.store.execute(waits)],
+                         ["lock one", f"directory {self.state}/work/octo/site/b", "lock one"])
+        self.assertEqual(self.store.why(2), "behind run 1 (lock one)")
+        self.assertEqual(self.store.why(3), "behind run 1")
+        self.assertEqual(self.begun(self.turn(self.ended(1))), [2])
+        self.assertEqual(self.begun(self.turn(self.ended(2))), [3])
+        self.assertEqual(self.begun(self.turn(self.ended(3))), [4])
+
+    def test_a_woken_run_that_ends_before_it_begins_wakes_the_next(self):
+        self.read("[hookd]\njobs = 3", section("octo/site", queue="every"),
+                  hook("true", "b", lock="one"), hook("true", "c", lock="one"))
+        self.turn(self.delivered("b"))
+        self.turn(self.delivered("b"), self.delivered("c"))
+        self.turn(self.ended(1), begins=False)
+        with self.store.transaction():
+            self.store.move(2, "cancelled")
+        self.assertEqual(self.begun(self.turn()), [3])
+
+    def test_a_paused_run_waits_and_lets_others_begin(self):
+        for words in (("octo/site", "refs/heads/b"), ("octo/site", ""), ("", "")):
+            with self.subTest(words):
+                self.write("DELETE FROM runs")
+                self.start()
+                with self.store.transaction():
+                    self.store.pause(words, "why not")
+                self.turn(self.delivered("b"))
+                run, = self.states()
+                self.assertEqual(self.states(), {run: "queued"})
+                self.assertEqual(self.store.why(run), "paused: why not")
+                verb = self.queue("c", "run")
+                self.assertEqual(self.begun(self.turn()), [verb], "a verb's run is not held back")
+                self.turn(self.ended(verb))
+                with self.store.transaction():
+                    lifted = self.store.lift("repo = ? AND ref = ?", *words)
+                self.assertEqual(lifted, 1)
+                self.assertEqual(self.begun(self.turn()), [run])
+
+    def test_a_pause_of_something_else_holds_nothing_back(self):
+        with self.store.transaction():
+            self.store.pause(("octo/site", "refs/heads/b"), "")
+            self.store.pause(("octo/other", ""), "")
+        self.assertEqual(self.begun(self.turn(self.delivered("a"))), [1])
+
+    def test_a_pause_by_a_person_keeps_its_reason(self):
+        place, why = ("octo/site", "refs/heads/a"), "SELECT why FROM pauses"
+        for run, given, kept in ((0, "mine", "mine"), (7, "rolled back", "mine")):
+            with self.store.transaction():
+                self.store.pause(place, given, run)
+            self.assertEqual(self.store.value(why), kept)
+        self.write("UPDATE pauses SET run = 7")
+        with self.store.transaction():
+            self.store.pause(place, "rolled back again", 8)
+        self.assertEqual(self.store.value(why), "rolled back again")
+
+    def test_a_burst_begins_when_it_is_quiet_and_at_its_end_at_last(self):
+        self.turn(self.delivered("newest"))
+        begins = []
+        for _ in range(3):
+            before = time.time()
+            self.turn(self.delivered("newest"), begins=False)
+            run = max(self.states())
+            quiet, end = self.row(run, "not_before, burst_end")
+            self.assertEqual(self.row(run, "waits"), "time")
+            self.assertLessEqual(quiet, min(time.time() + hookd.QUIET_SECONDS, end))
+            self.assertGreaterEqual(end, before)
+            begins.append(end)
+        self.assertEqual(begins[0], begins[-1], "a burst does not move its own end")
+        self.assertLessEqual(begins[0], time.time() + hookd.BURST_SECONDS)
+        self.turn(self.ended(1))
+        self.assertLessEqual(self.store.next_time(), hookd.QUIET_SECONDS)
+        self.assertEqual(self.begun(self.later()), [4])
+        self.assertEqual(self.store.next_time(), hookd.NEVER)
+
+    def test_a_clock_that_was_set_back_holds_nothing_up(self):
+        self.turn(self.delivered("newest"), self.delivered("a"))
+        self.turn(self.delivered("newest"))
+        self.turn(self.ended(1), self.ended(2, "queued", note="git fetch: no", delay=900,
+                                            unreachable=True))
+        hour = time.time() + 3600
+        self.write("UPDATE runs SET not_before = ? WHERE id = 3", hour)
+        self.assertEqual(self.begun(self.turn()), [3], "a burst never lasts as long")
+        self.assertEqual(self.begun(self.turn()), [], "a retry may")
+        self.write("UPDATE runs SET not_before = ? WHERE id = 2", hour)
+        self.assertEqual(self.begun(self.turn()), [2], "but not an hour")
+
+    def test_a_run_whose_hook_is_no_more_is_cancelled(self):
+        self.turn(self.delivered("a"), begins=False)
+        self.read(hook("true", "b"))
+        effects = self.turn()
+        self.assertEqual(self.begun(effects), [])
+        self.assertEqual(self.row(1, "state"), "cancelled")
+        self.assertIn("no such hook", self.row(1, "note"))
+        level, text = self.lines(effects)[0]
+        self.assertEqual(level, "WARNING")
+        self.assertRegex(text, "^run 1 cancelled, its hook is no more: octo/site a at ")
+
+    def test_a_run_begins_where_the_ini_in_force_says(self):
+        self.turn(self.delivered("a"), begins=False)
+        self.read(hook("true", "a", directory="/srv/elsewhere"))
+        self.assertEqual(self.begun(self.turn()), [1])
+        self.assertEqual(self.jobs[1].directory, "/srv/elsewhere")
+
+    def test_a_job_knows_what_its_run_needs(self):
+        self.turn(self.delivered("a", subject="One"))
+        self.assertEqual(self.jobs[1].payload, b"{}")
+        self.turn(self.ended(1))
+        self.turn(self.delivered("a", subject="Two", pusher="mona"))
+        job = self.jobs[2]
+        self.assertEqual((job.run.last_state, job.run.last_good), ("ok", self.row(1, "commit_id")))
+        self.assertEqual(job.held, {1})
+        self.assertRegex(job.began, '^run 2 began: octo/site a at [0-9a-f]{7} pusher=mona '
+                         'subject="Two" cause=delivery delivery=a delivery$')
+        self.assertEqual(self.row(2, "seq"), 2)
+
+
+class Endings(Brain):
+    """What becomes of a run that a job gives back."""
+
+    def finish(self, state="ok", branch="a", **fields):
+        """Push, and end the run; return its number and what followed from its end."""
+        self.turn(self.delivered(branch))
+        run = max(self.jobs)
+        return run, self.turn(self.ended(run, state, **fields))
+
+    def test_the_history_says_how_a_run_ended(self):
+        for state, level in (("ok", "INFO"), ("superseded", "INFO"), ("failed", "WARNING"),
+                             ("timeout", "WARNING"), ("cancelled", "WARNING")):
+            with self.subTest(state):
+                run, effects = self.finish(state, exit=3, note="a note")
+                self.assertEqual(self.row(run, "state, exit, note, duration, payload"),
+                                 (state, 3, "a note", 1.0, None))
+                self.assertAlmostEqual(self.row(run, "ended"), time.time(), delta=60)
+                self.assertEqual(self.lines(effects)[0][0], level)
+                self.assertRegex(self.lines(effects)[0][1],
+                                 rf"^run {run} {state} \(a note\): octo/site a at [0-9a-f]{{7}} "
+                                 "exit=3 seconds=1.0 cause=delivery delivery=a delivery$")
+
+    def test_the_last_words_of_a_failed_run_are_quoted(self):
+        self.turn(self.delivered())
+        self.jobs[1].output = hookd.Output(os.path.join(self.state, "output.log"))
+        self.addCleanup(self.jobs[1].output.close)
+        self.jobs[1].output.write(b"\n".join(b"line %d" % n for n in range(30)))
+        effects = self.turn(self.ended(1, "failed"))
+        self.assertEqual(self.lines(effects)[1:], [
+            ("WARNING", f"run 1 said: line {n}") for n in range(30 - hookd.QUOTED_LINES, 30)])
+
+    def test_what_was_deployed_is_what_the_history_names(self):
+        self.read(hook("true", "main", git="/srv/origin"))
+        self.turn(self.delivered("main"))
+        effects = self.turn(hookd.Named(self.jobs[1], sha("tip"), "Newer"))
+        self.assertEqual(self.row(1, "commit_id, subject"), (sha("tip"), "Newer"))
+        self.assertEqual(self.lines(effects), [
+            ("INFO", f"run 1 deploys {sha('tip')}: octo/site main at {sha('tip')[:7]}")])
+        job = self.jobs[1]
+        job.commit, job.subject = sha("tip"), "Newer"
+        self.turn(self.ended(1))
+        self.assertEqual(self.row(1, "commit_id, subject"), (sha("tip"), "Newer"))
+        self.assertEqual(self.turn(hookd.Named(job, sha("else"), "No")), [], "it has ended")
+
+    def test_a_run_that_cannot_reach_its_remote_waits_and_says_so(self):
+        self.turn(self.delivered())
+        for tries, delay in ((1, 60.0), (2, 300.0)):
+            effects = self.turn(self.ended(1, "queued", note="git fetch: no", delay=delay,
+                                           unreachable=True))
+            self.assertEqual(self.row(1, "state, tries, waits, note"),
+                             ("queued", tries, "time", "git fetch: no"))
+            self.assertAlmostEqual(self.row(1, "not_before"), time.time() + delay, delta=30)
+            self.assertRegex(str(self.lines(effects)),
+                             f"WARNING.*run 1 waits {delay:.0f} s: git fetch: no: octo/site a at")
+            self.assertRegex(self.store.why(1), "^next try at ..:..:..: git fetch: no$")
+            self.later()
+
+    def test_a_lock_held_elsewhere_is_logged_once(self):
+        self.turn(self.delivered())
+        for logged in (1, 0, 0):
+            effects = self.turn(self.ended(1, "queued", note="the lock is held", delay=0.5))
+            self.assertEqual(len(self.lines(effects)), logged)
+            self.assertEqual(self.row(1, "tries"), 0)
+            self.assertLessEqual(self.store.next_time(), 0.5)
+            self.later()
+
+    def test_a_newer_push_takes_the_place_of_a_run_that_waits_again(self):
+        self.turn(self.delivered("newest"))
+        self.turn(self.delivered("newest"))
+        self.turn(self.ended(1, "queued", note="git fetch: no", delay=60, unreachable=True))
+        self.assertEqual(self.states(), {1: "superseded", 2: "queued"})
+        self.turn(self.delivered("a"))
+        self.turn(self.delivered("a"))
+        self.turn(self.ended(3, "queued", note="git fetch: no", delay=60, unreachable=True))
+        self.assertEqual([self.row(run, "state") for run in (3, 4)], ["queued", "running"],
+                         "`every` keeps both")
+
+    def test_a_newer_push_does_not_wait_for_the_next_try_of_a_remote(self):
+        self.turn(self.delivered("newest"))
+        self.turn(self.ended(1, "queued", note="git fetch: no", delay=60, unreachable=True))
+        self.assertEqual(self.begun(self.turn(self.delivered("newest"))), [2])
+
+    def test_catch_up_asks_again_where_a_run_saw_no_commit(self):
+        self.read(hook("true", "main", git="/srv/origin"))
+        heads = "SELECT commit_id FROM heads"
+        run, _ = self.finish("failed", "main")
+        self.assertEqual(self.store.value(heads), self.row(run, "commit_id"))
+        self.finish("failed", "main", unreachable=True)
+        self.assertIsNone(self.store.value(heads))
+
+    def test_a_run_sees_the_commit_that_it_deploys(self):
+        self.read(hook("true", "main", git="/srv/origin"))
+        heads = "SELECT commit_id FROM heads"
+        self.turn(self.delivered("main"))
+        self.jobs[1].commit = sha("tip")
+        self.turn(self.ended(1))
+        self.assertEqual(self.store.value(heads), sha("tip"))
+        self.turn(self.delivered("main"))
+        self.jobs[2].commit = sha("tip 2")
+        newer = self.delivered("main")
+        self.turn(newer)
+        self.turn(self.ended(2))
+        self.assertEqual(self.store.value(heads), newer.decision.push.commit,
+                         "what was seen while it ran stays the newest")
+        self.later()
+        self.turn(self.ended(3))
+        run = self.queue("main", "run", goal=sha("old"))
+        self.turn()
+        self.jobs[run].commit = sha("old")
+        self.turn(self.ended(run))
+        self.assertEqual(self.store.value(heads), newer.decision.push.commit,
+                         "a certain commit is not the newest")
+
+    def test_a_run_that_was_cut_off_is_queued_once_and_then_interrupted(self):
+        self.turn(self.delivered(pusher="mona"))
+        for state, owed in (("queued", 0), ("interrupted", 1)):
+            self.jobs[1].begun = True
+            effects = self.turn(self.ended(1, "interrupted"), begins=False)
+            self.assertEqual(self.row(1, "state, owed"), (state, owed))
+            level = "WARNING" if state == "queued" else "ERROR"
+            self.assertEqual(self.lines(effects)[0][0], level)
+            self.assertRegex(self.lines(effects)[0][1],
+                             f"^run 1 was cut off and is {state}: octo/site a at .* pusher=mona")
+            self.turn(begins=state == "queued")
+        self.assertEqual(self.row(1, "exit, duration, note"), (1, 1.0, "cut off twice"))
+        effects = self.turn()
+        self.assertTrue(self.jobs[1].settles)
+        self.assertEqual(self.row(1, "owed"), 3)
+        self.turn(self.delivered())
+        self.assertEqual(self.states(), {1: "interrupted", 2: "queued"}, "its directory is held")
+        self.turn(self.ended(1, "interrupted", note="cut off twice; told"))
+        self.assertEqual(self.row(1, "owed, note"), (0, "cut off twice; told"))
+        self.assertEqual(self.states(), {1: "interrupted", 2: "running"})
+
+    def test_a_cut_off_before_the_script_counts_for_nothing(self):
+        self.turn(self.delivered())
+        for _ in range(4):
+            self.turn(self.ended(1, "interrupted"), begins=False)
+            self.assertEqual(self.row(1, "state, attempts"), ("queued", 0))
+            self.turn()
+
+    def test_a_cut_off_run_that_is_to_be_cancelled_is_cancelled(self):
+        self.turn(self.delivered())
+        self.write("UPDATE runs SET wish = 'by mona'")
+        self.turn(self.ended(1, "interrupted"), begins=False)
+        self.assertEqual(self.row(1, "state, note, owed"), ("cancelled", "by mona", 0))
+
+    def test_a_cut_off_release_owes_the_way_back_a_deletion_does_not(self):
+        self.read(hook("true", "main", git="/srv/origin", releases="2", on_delete="true"))
+        for deleted, owed in ((False, 1), (True, 0)):
+            self.turn(self.delivered("main", deleted=deleted))
+            run = max(self.jobs)
+            self.turn(self.ended(run, "interrupted"), begins=False)
+            self.assertEqual(self.row(run, "state, owed"), ("queued", owed))
+            self.write("UPDATE runs SET owed = 0, state = 'ok' WHERE id = ?", run)
+
+    def test_what_is_left_to_do_behind_a_lock_held_elsewhere_is_tried_again(self):
+        self.turn(self.delivered())
+        self.jobs[1].begun = True
+        self.write("UPDATE runs SET attempts = 1")
+        self.turn(self.ended(1, "interrupted"), begins=False)
+        for _ in range(2):
+            self.turn()
+            self.turn(self.ended(1, "queued", note="the lock is held", delay=0.5), begins=False)
+            self.assertEqual(self.row(1, "state, owed, note"), ("interrupted", 1, "cut off twice"))
+            self.assertLessEqual(self.store.next_time(), 0.5)
+            self.assertEqual(self.begun(self.turn()), [], "not at once")
+            self.later(hookd.Reported(0))
+            self.assertIn(1, self.jobs)
+
+    def test_a_crash_while_it_settles_leaves_the_way_back_alone(self):
+        self.turn(self.delivered())
+        self.write("UPDATE runs SET state = 'interrupted', owed = 3")
+        self.start()
+        self.assertEqual(self.row(1, "owed"), 2)
+        self.assertEqual(self.begun(self.turn()), [1])
+        self.assertTrue(self.jobs[1].settles)
+
+    def test_a_crash_lets_what_waited_for_a_lock_look_again(self):
+        self.turn(self.delivered("b"))
+        self.turn(self.delivered("c"))
+        self.assertEqual(self.row(2, "waits"), "lock one")
+        self.write("UPDATE runs SET state = 'ok' WHERE id = 1")
+        self.start()
+        self.assertEqual(self.begun(self.turn()), [2])
+
+    def test_a_run_whose_database_was_removed_is_told(self):
+        self.turn(self.delivered())
+        end = self.ended(1)
+        self.write("DELETE FROM runs")
+        effects = self.turn(end)
+        self.assertRegex(str(self.lines(effects)), "run 1 ok, but its database was removed")
+        self.assertIsInstance(effects[-1], hookd.Done)
+
+    def test_a_failed_rollback_that_changed_nothing_lifts_its_pause(self):
+        for changed, kept in ((False, 0), (True, 1)):
+            run = self.queue("a", "rollback")
+            with self.store.transaction():
+                self.store.pause(("octo/site", "refs/heads/a"), "rolled back", run)
+            self.turn()
+            self.jobs[run].changed = changed
+            self.turn(self.ended(run, "failed", exit=1))
+            self.assertEqual(self.store.value("SELECT count(*) FROM pauses"), kept)
+
+    def test_a_cancelled_rollback_that_never_began_lifts_its_pause(self):
+        run = self.queue("a", "rollback")
+        with self.store.transaction():
+            self.store.pause(("octo/site", "refs/heads/a"), "rolled back", run)
+            self.store.move(run, "cancelled")
+        self.assertEqual(self.store.value("SELECT count(*) FROM pauses"), 0)
+
+    def test_keep_bounds_the_history_of_each_target(self):
+        self.read("[hookd]\nkeep = 3", hook("true", "newest"), hook("true", "a"))
+        good, _ = self.finish("ok", "newest")
+        other, _ = self.finish("ok", "a")
+        forgotten = []
+        for _ in range(6):
+            self.turn(self.delivered("newest"))
+            self.later()
+            run = max(self.jobs)
+            self.turn(self.delivered("newest"))
+            self.turn(self.delivered("newest"))
+            done = [effect for effect in self.turn(self.ended(run, "failed"))
+                    if isinstance(effect, hookd.Done)]
+            forgotten += done[0].forgotten
+            self.later()
+            self.turn(self.ended(max(self.jobs), "failed"))
+        count = "SELECT count(*) FROM runs WHERE target = 1 AND state = ?"
+        self.assertEqual(self.store.value(count, "failed"), 3)
+        self.assertEqual(self.store.value(count, "superseded"), 3)
+        self.assertEqual(self.row(good, "state"), "ok", "what stands is kept")
+        self.assertEqual(self.row(other, "state"), "ok", "each target by itself")
+        self.assertNotIn(good, forgotten)
+        self.assertEqual(len(set(forgotten)), len(forgotten))
+
+    def test_deleted_branches_share_one_history(self):
+        self.read("[hookd]\nkeep = 2", hook("true", "*", on_delete="true"))
+        for branch in ("x", "y", "z"):
+            self.finish("ok", branch)
+            self.turn(self.delivered(branch, commit="", deleted=True))
+            self.turn(self.ended(max(self.jobs)))
+        self.assertEqual(set(self.states()), {1, 3, 5, 6}, "what stands of each, and the newest 2")
+
+    def test_releases_that_were_removed_are_no_way_back(self):
+        self.read(hook("true", "main", git="/srv/origin", releases="2"))
+        for run in (1, 2, 3):
+            self.turn(self.delivered("main"))
+            self.jobs[run].release, self.jobs[run].dropped = str(run), [str(run - 2)]
+            self.turn(self.ended(run))
+        self.assertEqual([self.row(run, "release") for run in (1, 2, 3)], ["", "2", "3"])
+        self.turn(self.delivered("main"))
+        self.assertEqual(self.jobs[4].releases, [("3", "ok"), ("2", "ok")])
+        self.assertEqual(self.jobs[4].run.live, "3")
+
+
+class Outbox(Brain):
+    """Commit statuses: which follow from the moves of a run."""
+
+    def begin_with(self, **keys):
+        self.read(hook("true", "main", report_url="https://x.example/{run}/{slug}", **keys))
+        self.dispatcher.tokens = {"octo/site main": "a token"}
+
+    def test_a_run_is_pending_and_then_how_it_ended(self):
+        for state, shown in (("ok", "success"), ("failed", "failure"), ("timeout", "failure"),
+                             ("cancelled", "error")):
+            with self.subTest(state):
+                self.begin_with()
+                pending, = self.reports(self.turn(self.delivered("main")))
+                run = max(self.jobs)
+                self.assertEqual(pending.body, {
+                    "state": "pending", "context": "hookd/main", "description": f"run {run} runs",
+                    "target_url": f"https://x.example/{run}/main"})
+                self.assertEqual((pending.repo, pending.commit, pending.token),
+                                 ("octo/site", self.row(run, "commit_id"), "a token"))
+                end, = self.reports(self.turn(self.ended(run, state, note="so" * 100)))
+                self.assertEqual(end.body["state"], shown)
+                self.assertEqual(end.body["description"], f"run {run} {state}: {'so' * 100}"[:140])
+                self.turn(hookd.Reported(pending.id), hookd.Reported(end.id))
+                self.assertEqual(self.store.value("SELECT count(*) FROM reports"), 0)
+
+    def test_with_git_a_run_is_pending_once_its_commit_is_known(self):
+        self.begin_with(git="/srv/origin")
+        self.assertEqual(self.reports(self.turn(self.delivered("main"))), [])
+        report, = self.reports(self.turn(hookd.Named(self.jobs[1], sha("tip"), "")))
+        self.assertEqual((report.commit, report.body["state"]), (sha("tip"), "pending"))
+
+    def test_what_never_began_and_a_deletion_show_nothing(self):
+        self.begin_with(on_delete="true")
+        self.turn(self.delivered("main"))
+        effects = self.turn(self.delivered("main"), self.delivered("main"))
+        self.assertEqual(self.row(2, "state"), "superseded")
+        self.assertEqual(self.reports(effects), [])
+        self.turn(self.ended(1))
+        effects = self.later()
+        self.assertEqual(len(self.reports(self.turn(self.ended(3)))), 1)
+        effects = self.turn(self.delivered("main", commit="", deleted=True))
+        self.assertEqual(self.reports([*effects, *self.turn(self.ended(4))]), [])
+
+    def test_without_a_token_nothing_is_kept(self):
+        self.begin_with()
+        self.dispatcher.tokens = {}
+        self.assertEqual(self.reports(self.turn(self.delivered("main"))), [])
+        self.assertEqual(self.store.value("SELECT count(*) FROM reports"), 0)
+
+    def test_what_was_not_sent_is_handed_on_again_after_a_restart(self):
+        self.begin_with()
+        first = self.reports(self.turn(self.delivered("main")))
+        self.assertEqual(self.reports(self.turn()), [], "once")
+        self.begin_with()
+        self.assertEqual(self.row(1, "state"), "queued")
+        again = self.reports(self.turn(begins=False))
+        self.assertEqual([report.id for report in again], [first[0].id])
+
+    def test_a_cut_off_run_that_is_shown_as_pending_does_not_stay_so(self):
+        self.begin_with()
+        self.turn(self.delivered("main"))
+        self.write("UPDATE runs SET attempts = 1")
+        self.jobs[1].begun = True
+        report, = self.reports(self.turn(self.ended(1, "interrupted"), begins=False))
+        self.assertEqual(report.body["state"], "error")
 
 
 # ---------------------------------------------------------------- Command line
