@@ -7,13 +7,12 @@
 The life of a delivery:
 
  1. GitHub POSTs a push. One loop in the main thread reads it, strictly and with a deadline.
- 2. The HMAC of its raw bytes is checked against the secrets; only then is anything parsed.
+ 2. The HMAC of its raw bytes is checked; only then is anything parsed.
  3. Judgement, pure functions, picks the hook: the first section of the ini that matches.
  4. The push becomes a row in SQLite, on disk before GitHub reads 202.
  5. A waiting run of the same branch is superseded: the newest push stands for all before it.
  6. When a job slot and the directory are free, a thread takes the run and its flock(2).
- 7. With `git`, the directory is reset to the branch tip, whatever the push said; with `releases`,
-    a new release is built beside the live one, and one rename(2) switches to it.
+ 7. With `git`, the directory is reset to the branch tip, or a release is built beside the live one.
  8. The command runs under `sh -e` in a session of its own, its output and its time bounded.
  9. The outcome goes into history and log; on_success or on_failure follows.
 10. A run that a crash or a stop cut off runs again at the next start, once.
@@ -145,8 +144,7 @@ def fill(template: str, repo: str, ref: str, run: int = 0) -> str:
 
 def escape(text: str) -> str:
     """Spell out what is not printable, so that text is fit for a log line or a terminal."""
-    spelled = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if text.isprintable() else "".join(spelled)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # A password may contain an @. In http a user name alone is often a token.
@@ -240,8 +238,7 @@ class Decision(NamedTuple):
 
 # ================================================================================ configuration
 # Text to values. Each key of the ini is a field of Hook or Config with its default and a parser,
-# which raises ValueError("fault; remedy"). A setting is parsed once, where it stands, used or not.
-# All problems are collected and reported together; warnings are for `check`.
+# which raises ValueError("fault; remedy"). All problems are reported at once; `check` also warns.
 
 REPOSITORY = re.compile(r"(?!\.\.?/)[\w.-]{1,100}/(?:(?!\.\.?$)[\w.-]{1,100}|\*)", re.ASCII)
 NAME = "[A-Za-z_][A-Za-z0-9_]*"
@@ -362,8 +359,7 @@ class Hook:
     paths: tuple[str, ...] = key("", lines)
     lock: str = key("", places(PLACES))
     catch_up: int = key("1h", form("no or a duration like 15m", f"no|{COUNT}[smhd]", amount))
-    releases: int = key("no", form("no or a number from 2 up", f"no|(?!1$){COUNT}",
-                                         amount))
+    releases: int = key("no", form("no or a number from 2 up", f"no|(?!1$){COUNT}", amount))
     shared: tuple[str, ...] = key("", form("paths inside the release, like uploads/ or .env",
                                            convert=inner_paths))
     activate: str = key("")
@@ -427,8 +423,7 @@ class Config:
     quiet: bool = key("no", yes_or_no)
     page: str = key("")
     page_output: bool = key("no", yes_or_no)
-    allow_from: tuple[Any, ...] = key("", form("networks like 192.30.252.0/22",
-                                               convert=networks))
+    allow_from: tuple[Any, ...] = key("", form("networks like 10.0.0.0/8", convert=networks))
 
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
@@ -566,8 +561,7 @@ class Ini:
 # ==================================================================================== judgement
 # Bytes and values in, a value or a Refusal out. Nothing here opens a file, a socket or a clock, and
 # no pattern can match the same bytes in two ways: backtracking would cost more than the bytes.
-# What GitHub sends: https://docs.github.com/webhooks/webhook-events-and-payloads, and how it signs:
-# https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries
+# What GitHub sends: https://docs.github.com/webhooks/webhook-events-and-payloads
 
 REQUEST_LINE = re.compile(rb"([A-Za-z][!#$%&'*+.^_`|~0-9A-Za-z-]*) ([!-~]+) HTTP/1\.([01])")
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
@@ -650,30 +644,23 @@ def check_head(config: Config, request: BaseHTTPRequestHandler, length: int) -> 
 
 def authenticate(secrets: Iterable[bytes], signature: str, body: bytes) -> bytes:
     """Return the secret that signed the raw body; callers put the likeliest first."""
-    room = HASHED_MAX  # else a stranger's 25 MB, hashed for each of many secrets, cost seconds
-    for secret in secrets:
-        room -= len(body)
-        if secret and room >= 0:
-            right = f"sha256={hmac.digest(secret, body, 'sha256').hex()}"
-            if hmac.compare_digest(right.encode(), signature.encode()):
-                return secret
+    # A stranger's 25 MB, hashed for each of many secrets, would cost seconds.
+    for secret in list(secrets)[: HASHED_MAX // (len(body) + 1)]:
+        right = f"sha256={hmac.digest(secret, body, 'sha256').hex()}"
+        if secret and hmac.compare_digest(right.encode(), signature.encode()):
+            return secret
     raise Refusal(403, "signature does not match")
-
-
-def form_payload(body: bytes) -> bytes:
-    """Return the `payload` field of an url-encoded form."""
-    import binascii
-    match = re.search(rb"(?:^|&)payload=([!-%'-<>-~]*)(?:&|\s*$)", body)
-    if not match:
-        raise ValueError("no payload that is url-encoded")
-    # As quoted-printable: urllib.parse would make an object of each %, 80 times the body.
-    return binascii.a2b_qp(match[1].replace(b"%", b"=").replace(b"+", b" "))
 
 
 def read_payload(body: bytes, form: bool) -> tuple[bytes, dict[str, Any]]:
     """Return the JSON in a body and its object; every number in it is a float."""
+    import binascii
     try:
-        body = form_payload(body) if form else body
+        if form:
+            match = re.search(rb"(?:^|&)payload=([!-%'-<>-~]*)(?:&|\s*$)", body)
+            text = match[1] if match else b""
+            # As quoted-printable: urllib.parse would make an object of each %, 80 times the body.
+            body = binascii.a2b_qp(text.replace(b"%", b"=").replace(b"+", b" "))
         # int() takes minutes for a long number before Python 3.9.14.
         data = json.loads(str(body, "utf-8"), parse_int=float)
     except (ValueError, RecursionError):
@@ -721,10 +708,10 @@ SHAPES = {
 def counts(event: str, data: Any, repo: str) -> bool:
     """Tell whether an event can deploy; a workflow only for a push to this very repository."""
     action, run = pick(data, "action"), pick(data, "workflow_run")
-    if event == "workflow_run":
+    home = text_of(run, "head_repository.full_name")
+    if event == "workflow_run" and home.lower() == repo.lower():
         good = (action, pick(run, "conclusion"), pick(run, "event"))
-        home = text_of(run, "head_repository.full_name")
-        return good == ("completed", "success", "push") and home.lower() == repo.lower()
+        return good == ("completed", "success", "push")
     return event == "push" or (event == "release" and action == "published")
 
 
@@ -764,9 +751,9 @@ def passed_over(hook: Hook, push: Push, data: Any) -> str:
     if not push.commit:  # a deletion or a release
         return ""
     message = text_of(data, SHAPES[push.event][4], 2**25)
-    words = [word for word in hook.skip if word in message]
-    if words:
-        return f"ignored: {push}: its message has {words[0]}"
+    for word in hook.skip:
+        if word in message:
+            return f"ignored: {push}: its message has {word}"
     if hook.paths and push.event == "push" and not touches(hook.paths, data):
         return f"ignored: {push} changed none of its paths"
     return ""
@@ -2589,9 +2576,8 @@ def hidden_words(levels: Mapping[str, Mapping[str, str]], base: str, state: str)
 # What hookd shows elsewhere: commit statuses, the page, badges, metrics. Nothing here touches the
 # database or a run; only the messenger's threads open a socket or a file.
 #
-# A forge or a disk may be slow for ever, so the main thread asks neither. One thread sends the
-# reports in their order and another writes the page: a dead forge delays reports, never a run or
-# the page. What was not sent before hookd ended is still in the outbox.
+# A forge or a disk may be slow for ever, so the main thread asks neither. A dead forge delays
+# other reports, never a run or the page. A report that is not sent yet is still in the outbox.
 #
 # A page cannot know that hookd died after writing it. So it says when it was written, and hookd
 # rewrites it every minute even where nothing changes.
@@ -2612,7 +2598,6 @@ class Report:
     """One commit status; the outbox keeps it until it was sent or given up."""
 
     id: int
-    run: int
     api: str
     token: str = field(repr=False)
     repo: str
@@ -2635,8 +2620,7 @@ def send_report(report: Report) -> tuple[str, bool]:
     """Try once; return the fault, if any, and whether to retry; the fault never has the token."""
     url = f"{report.api.rstrip('/')}/repos/{report.repo}/statuses/{report.commit}"
     # GitHub, Gitea and Forgejo all take the word "token".
-    headers = {"Authorization": f"token {report.token}", "Content-Type": "application/json",
-               "Accept": "application/json"}
+    headers = {"Authorization": f"token {report.token}", "Content-Type": "application/json"}
     try:
         head = ask_http(url, REPORT_SECONDS, json.dumps(report.body), **headers)
     except OSError as error:
@@ -2649,9 +2633,7 @@ def send_report(report: Report) -> tuple[str, bool]:
     status = int(match[1])
     if status < 300:
         return "", False
-    # GitHub also answers 403, with one of these headers, to a client that asks too often.
-    limited = re.search(rb"(?i)\n(retry-after:|x-ratelimit-remaining: *0\b)", head)
-    if status in (408, 429) or status >= 500 or (status == 403 and limited):
+    if status in (408, 429) or status >= 500:
         return f"the forge answers {status}", True
     return f"the forge answers {status}; {TOKEN_REMEDY}", False
 
@@ -2661,16 +2643,13 @@ def mark_up(text: str) -> str:
     return f"<bdi>{html.escape(escape(text))}</bdi>"
 
 
-def in_words(seconds: float) -> str:
-    """Spell a duration by the largest unit of which it has two: `3 days`, `75 seconds`."""
+def ago(at: float, now: float) -> str:
+    """Say how long ago, by the largest unit of which there are two: `3 days ago`."""
+    seconds = int(max(now - at, 0))
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
-            return f"{int(seconds // size)} {unit}"
-    return "1 second" if int(seconds) == 1 else f"{int(seconds)} seconds"
-
-
-def ago(at: float, now: float) -> str:
-    return f"{in_words(max(now - at, 0))} ago"
+            return f"{seconds // size} {unit} ago"
+    return "1 second ago" if seconds == 1 else f"{seconds} seconds ago"
 
 
 def moment(at: Optional[float], now: float = 0.0) -> str:
@@ -2688,8 +2667,8 @@ def item_html(facts: Facts, now: float, notes: Iterable[tuple[str, Any]],
     state = facts["state"] or ("running" if facts["running"] else "queued")
     anchor = "" if link else f' id="run-{facts["run"]}"'
     commit, subject = mark_up((facts["commit"] or "")[:7]), mark_up(facts["subject"] or "")
-    known = [words.format(value if isinstance(value, int) else mark_up(value))
-             for words, value in notes if value is not None]
+    known = [words.format(mark_up(value) if isinstance(value, str) else value)
+             for words, value in notes if value not in (None, "")]
     text = html.escape("\n".join(map(escape, output.expandtabs().splitlines())))
     details = f"<details><summary>Output</summary><pre>{text}</pre></details>" if text else ""
     at = moment(facts["ended"] or facts["began"] or facts.get("queued"), now)
@@ -2710,8 +2689,7 @@ def target_html(target: Facts, runs: Sequence[Facts], snapshot: Snapshot) -> tup
         ("paused: {}", target["paused"])), link=link)
     items = [item_html(run, now, (
         ("run {}", run["run"]), ("{}", run["cause"] or run["event"]), ("by {}", run["pusher"]),
-        ("took {}", None if run["duration"] is None else in_words(run["duration"])),
-        ("exit {}", run["exit"] or None), ("{}", run["note"] or None)),
+        ("took {:.0f} s", run["duration"]), ("exit {}", run["exit"] or None), ("{}", run["note"])),
         output=snapshot.output.get(run["run"], "")) for run in runs]
     return line, "\n".join([f"<h2>{place}</h2><ol>", *items, "</ol>"])
 
@@ -2747,10 +2725,9 @@ PAGE = string.Template("""<!doctype html>
 * { margin: 0; padding: 0; box-sizing: border-box }
 body { font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); color: var(--ink);
   max-width: 50rem; margin: auto; padding: 3rem 1.25rem; overflow-wrap: anywhere }
-h1 { font-size: 1.75rem; font-weight: 600; line-height: 1.4 }
-h2 { font-size: 1rem; font-weight: 600; margin: 3rem 0 .75rem }
+h1 { font-size: 1.75rem }
+h2, ul { font-size: 1rem; margin: 3rem 0 .75rem }
 a { color: inherit; font-weight: 600; text-underline-offset: .25em }
-ul { margin-top: 2.75rem }
 li { display: grid; grid-template-columns: 7rem 1fr auto; column-gap: 1rem; padding: .75rem 0;
   border-top: 1px solid #8884; scroll-margin-top: 5rem }
 li:target { background: #8882 }
@@ -2758,27 +2735,22 @@ b { color: var(--odd); font-weight: 400 }
 i { font-style: normal; display: inline-block; width: 1.1em }
 .ok { color: var(--ok) }
 .failed, .timeout { color: var(--bad) }
-.soft, time, summary, code { color: var(--soft); font-size: .875rem }
-code, pre { font: .875rem/1.5 ui-monospace, monospace }
+.soft, time, summary, code, pre { color: var(--soft); font-size: .875rem }
 pre { white-space: pre-wrap; padding: .25rem 0 .25rem 1rem }
 @media (max-width: 36rem) { li { grid-template-columns: 1fr auto }
   li div { grid-area: 2 / 1 / auto / -1 } }
 </style>
 <main><h1><b class="$state"><i aria-hidden="true">$sign</i></b> $words</h1>
 <p class=soft>Written $written. $meaning</p>
-<ul>
-$overview
-</ul>
-$runs
-</main></html>
+<ul>$overview</ul>
+$runs</main></html>
 """)
 
 
 def badge_svg(target: Facts) -> str:
     """Build a badge: a branch, and how its last run ended."""
     state, name = target["state"] or "no run yet", escape(target["branch"][:40])
-    # textLength fits any font into this guess; East Asian letters are twice as wide as others.
-    left, right = (sum(13 if letter > "\u2e80" else 7 for letter in text) for text in (name, state))
+    left, right = 7 * len(name), 7 * len(state)  # textLength makes any font fit
     title = html.escape(escape(f"{target['repo']} {name}: {state}"))
     return f"""<svg xmlns="http://www.w3.org/2000/svg" width="{left + right + 24}" height="20"
  role="img" aria-label="{title}"><title>{title}</title>
@@ -3362,7 +3334,7 @@ class Dispatcher:
                     "description": escape(words + note)[:140]}
             if hook.report_url:
                 body["target_url"] = fill(hook.report_url, push.repo, push.ref, run.id)
-            return Report(number, run.id, hook.report_api, token, push.repo, push.commit, body)
+            return Report(number, hook.report_api, token, push.repo, push.commit, body)
         return None
 
 
@@ -3405,13 +3377,11 @@ class Remotes:
         now = time.monotonic()
         hooks = [config.hooks[name] for name, at in self.next.items() if at <= now]
         self.rest_until = NEVER  # before the thread, which may be through at once
-        try:
+        with contextlib.suppress(sqlite3.Error, OSError, ConfigError):  # which `advance` reports
             pairs = [(hook, repo) for hook in hooks for repo in store.repositories(hook)]
             if start_thread(self.ask, pairs, config.state):
                 self.next.update((hook.section, now + hook.catch_up) for hook in hooks)
                 return
-        except (sqlite3.Error, OSError, ConfigError) as error:
-            log.error("remotes cannot be asked now: %s", error)
         self.rest_until = now + NOISE_SECONDS
 
     def ask(self, pairs: Sequence[tuple[Hook, str]], state: str) -> None:
@@ -3822,42 +3792,30 @@ def read_keyring(config: Config, make: bool = False) -> Keyring:
 
     With `make` the default secret is made; without it may be missing.
     """
-    default, problems = f"{config.state}/secret", []
-    hooks = (*config.hooks.values(), config.common)
-    if make and default in [hook.secret_file for hook in hooks]:
-        make_secret(default)
-
-    def read(hook: Hook, key: str) -> tuple[str, ...]:
-        """Return the lines of the file that a hook's key names."""
-        path, found = getattr(hook, key), ()  # type: str, tuple[str, ...]
-        if path and (path != default or os.path.exists(path)):
+    default, problems, secrets, tokens = f"{config.state}/secret", [], {}, {}
+    for hook in (*config.hooks.values(), config.common):
+        found = {"secret_file": [*hook.secret], "report_token_file": [*lines(hook.report_token)]}
+        for key, words in found.items():
+            path = getattr(hook, key)
+            if make and path == default:
+                make_secret(path)
+            if not path or (path == default and not os.path.exists(path)):
+                continue
             try:
                 with open(secret_path(path), encoding="utf-8") as file:
-                    found = lines(file.read())
-                if not found:
+                    words += lines(file.read())
+                if not words:
                     raise ValueError("it is empty")
             except (OSError, ValueError) as error:
                 level = config.level_of(hook, key) or "hookd"
                 problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); put it "
                                 "in a file that hookd may read")
-        return found
-
-    secrets, tokens = {}, {}
-    for hook in hooks:
-        words = (*hook.secret, *read(hook, "secret_file"))
-        secrets[hook.section] = tuple(word.encode() for word in words)
-        tokens[hook.section] = next(
-            iter((*lines(hook.report_token), *read(hook, "report_token_file"))), "")
+        secrets[hook.section] = tuple(word.encode() for word in found["secret_file"])
+        tokens[hook.section] = "".join(found["report_token_file"][:1])
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     every = tuple(dict.fromkeys(word for words in secrets.values() for word in words))
     return Keyring(secrets, secrets["hookd"], every, tokens)
-
-
-def load(file: str, state: str) -> tuple[Config, Keyring]:
-    """Read an ini and the secrets it names, for the daemon."""
-    config = read_ini(file).config(state)
-    return config, read_keyring(config, make=True)
 
 
 def daemon_words(state: str) -> list[str]:
@@ -3966,98 +3924,6 @@ def shell_fault(script: str) -> str:
                           capture_output=True, encoding="utf-8", errors="replace")
     words = done.stderr.strip().splitlines() or [""]
     return f"sh cannot read it: {words[0]}" if done.returncode else ""
-
-
-class Check:
-    """What `check` finds in what an ini names, by the eyes of the hookd that serves the state.
-
-    Callers call `look`, which adds to the ini's problems and warnings.
-    """
-
-    def __init__(self, ini: Ini, config: Config, online: bool) -> None:
-        self.ini, self.config, self.online = ini, config, online
-        self.pid = daemon_pid(config.state)
-        root = f"/proc/{self.pid}/root"
-        self.root = root if self.pid and os.access(f"{root}/", os.X_OK) else ""
-
-    def look(self) -> None:
-        """Note what does not work, and what works and is likely not meant."""
-        self.look_at_daemon()
-        read_keyring(self.config)
-        for hook in self.config.hooks.values():
-            self.compare(hook)
-            self.look_at_hook(hook)
-        self.doubt()
-
-    def note(self, section: str, key: str, fault: str) -> None:
-        if fault:
-            self.ini.problem(section, key, fault)
-
-    def look_at_daemon(self) -> None:
-        """Try what [hookd] names, and compare it with the hookd that runs."""
-        config, words = self.config, daemon_words(self.config.state)
-        restart = "differs from the running hookd's; systemctl restart hookd"
-        self.note("hookd", "tls_cert", fault_of(tls_context, config))
-        if words[2:] not in ([], [f"log={config.log}"]):
-            self.note("hookd", "log", restart)
-        if os.environ.get("MAINPID", str(self.pid)) != str(self.pid):
-            self.note("hookd", "state", restart)
-        elif not config.listen.startswith("unix:") and not (
-                self.pid and config.listen == daemon_address(config)):
-            self.note("hookd", "listen", fault_of(open_socket, config.listen))
-        if config.page and not os.access(self.root + config.page, os.W_OK | os.X_OK):
-            self.note("hookd", "page", f"{config.page} is no directory that hookd can write; as "
-                      f"root: install -d -o hookd -g hookd {config.page}")
-
-    def compare(self, hook: Hook) -> None:
-        """Compare a hook with those above it."""
-        config, hooks = self.config, list(self.config.hooks.values())
-        for other in hooks[: hooks.index(hook)]:
-            same = hook.directory_pattern == other.directory_pattern
-            if other.event == hook.event and other in config.hooks_for(hook.repo) and fnmatchcase(
-                    hook.pattern, other.pattern):
-                self.note(hook.section, "", f"can never match: [{other.section}] above takes all; "
-                          "move this one up")
-            elif same and (hook.directory == f"{config.state}/{WORK}"
-                           or (hook.releases and other.releases)):
-                self.note(hook.section, "directory", f"is that of [{other.section}] too; set "
-                          "directory in one of them")
-
-    def look_at_hook(self, hook: Hook) -> None:
-        """Try what a hook names."""
-        section, key = hook.section, hook.deploy_key
-        directory = re.sub(r"/[^/]*\{.*", "", hook.directory) or "/"
-        self.note(section, "directory", writable(directory, self.root))
-        if key and not os.access(key, os.R_OK):
-            fault = f"hookd cannot read {key}; make it with ssh-keygen, or chown it"
-            self.note(section, "deploy_key", fault)
-        elif key and os.stat(key).st_mode & 0o077:
-            fault = f"ssh refuses a key that others can read; chmod 600 {key}"
-            self.note(section, "deploy_key", fault)
-        for name in SCRIPTS:
-            self.note(section, name, shell_fault(getattr(hook, name)))
-        self.note(section, "environment_file", fault_of(file_variables, hook))
-        if hook.git and self.online and not hook.repo.endswith("*"):
-            self.note(section, "git", fault_of(remote_refs, hook, hook.repo, self.config.state))
-        elif hook.git:
-            self.note(section, "git", fault_of(ask_git, ["--version"], base_environment(hook)))
-
-    def doubt(self) -> None:
-        """Warn of what works, and is likely not meant."""
-        with open(f"/proc/{self.pid or 'self'}/status", encoding="utf-8") as file:
-            held = "NoNewPrivs:\t1" in file.read()
-        for section, texts in self.config.levels.items():
-            for key, text in texts.items():
-                path = os.path.join(self.ini.base, self.ini.name)
-                if key in ("secret_file", "report_token_file"):
-                    path = secret_path(os.path.join(self.ini.base, text))
-                elif key in SCRIPTS and held and re.search(r"\bsudo\b", text):
-                    fault = "sudo cannot work under the unit's NoNewPrivileges=; README has polkit"
-                    self.ini.problem(section, key, fault, warns=True)
-                if key in (*SECRETS, "report_token", "report_token_file") and os.path.isfile(
-                        path) and os.stat(path).st_mode & 0o004:
-                    fault = f"every user can read {path}; chmod o-r {path}"
-                    self.ini.problem(section, key, fault, warns=True)
 
 
 class Command:
@@ -4262,19 +4128,72 @@ class Command:
             libc.mallopt(-3, CHUNK // 2)  # M_MMAP_THRESHOLD, mallopt(3): else each block grows it
             libc.malloc_trim(0)  # what compiling took
         file = os.path.abspath(self.options.file)
-        return Daemon(config, keyring, partial(load, file, state)).serve()
+
+        def load() -> tuple[Config, Keyring]:
+            config = read_ini(file).config(state)
+            return config, read_keyring(config, make=True)
+
+        return Daemon(config, keyring, load).serve()
 
     def check(self) -> int:
         """the ini and what it names: every problem, then a table of the hooks"""
         if self.options.branch:
             return self.explain()
-        ini = self.ini
-        Check(ini, self.config, self.options.online).look()
+        ini, pid, places = self.ini, daemon_pid(self.state), {}  # type: Ini, int, dict[str, str]
+        root = f"/proc/{pid}/root"  # as the unit shows it
+        root = root if pid and os.access(f"{root}/", os.X_OK) else ""
+        self.check_daemon(root)
+        for section, hook in self.config.hooks.items():
+            for key, fault in self.faults(hook, root):
+                self.note(section, key, fault)
+            other = places.setdefault(hook.directory_pattern, section) if hook.releases else section
+            if other != section:
+                self.note(section, "directory", f"is that of [{other}] too; change one of them")
         for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
             self.say(line, sys.stderr)
         table(["HOOK", "EVENT", "DIRECTORY"], (
             [hook.section, hook.event, hook.directory] for hook in self.config.hooks.values()))
         return 78 if ini.problems else 0
+
+    def note(self, section: str, key: str, fault: str) -> None:
+        if fault:
+            self.ini.problem(section, key, fault)
+
+    def check_daemon(self, root: str) -> None:
+        """Try what [hookd] names and who can read secrets; compare with the hookd that runs."""
+        ini, config, words = self.ini, self.config, daemon_words(self.state)
+        restart = "differs from the running hookd's; systemctl restart hookd"
+        pid = "".join(words[1:2])
+        read_keyring(config)
+        self.note("hookd", "tls_cert", fault_of(tls_context, config))
+        if words[2:] not in ([], [f"log={config.log}"]):
+            self.note("hookd", "log", restart)
+        if os.environ.get("MAINPID", pid) != pid:
+            self.note("hookd", "state", restart)
+        elif not config.listen.startswith("unix:") and not (
+                pid and config.listen == daemon_address(config)):
+            self.note("hookd", "listen", fault_of(open_socket, config.listen))
+        self.note("hookd", "page", config.page and writable(config.page, root))
+        for section, texts in config.levels.items():
+            for key in texts.keys() & {*SECRETS, "report_token", "report_token_file"}:
+                path = os.path.join(ini.base, texts[key] if key.endswith("_file") else ini.name)
+                path = secret_path(path) if key.endswith("_file") else path
+                if os.path.isfile(path) and os.stat(path).st_mode & 0o004:
+                    fault = f"every user can read {path}; chmod o-r {path}"
+                    ini.problem(section, key, fault, warns=True)
+
+    def faults(self, hook: Hook, root: str) -> Iterator[tuple[str, str]]:
+        """Try what a hook names; yield each key with its fault, or ""."""
+        yield "directory", writable(re.sub(r"/[^/]*\{.*", "", hook.directory) or "/", root)
+        if hook.deploy_key and not os.access(hook.deploy_key, os.R_OK):
+            yield "deploy_key", f"hookd cannot read {hook.deploy_key}; make it, or chown it"
+        for name in SCRIPTS:
+            yield name, shell_fault(getattr(hook, name))
+        yield "environment_file", fault_of(file_variables, hook)
+        if hook.git and self.options.online and not hook.repo.endswith("*"):
+            yield "git", fault_of(remote_refs, hook, hook.repo, self.state)
+        elif hook.git:
+            yield "git", fault_of(ask_git, ["--version"], base_environment(hook))
 
     def explain(self) -> int:
         """Print which hook takes REPO BRANCH, and each setting as it is for it; never a secret."""
@@ -4322,24 +4241,20 @@ class Command:
         a rollback counts as the run that it restored.
         """
         store = self.store
-        if run:
-            sql = """SELECT commit_id, CASE state WHEN 'ok' THEN release ELSE '' END,
-                CASE restores WHEN 0 THEN id ELSE restores END FROM runs
-                WHERE id = ? AND target = ? AND seq IS NOT NULL AND commit_id != ''"""
-            for commit, release, origin in store.execute(sql, run, target.id):
-                return commit, release, origin
-            raise SystemExit(f"hookd: run {run} deployed no commit that one could go back to")
         good = [(restores or number, number, commit, release)  # without git, some know no commit
                 for number, commit, release, restores in store.good(target.id) if commit]
         last = store.value("""SELECT state FROM runs WHERE target = ? AND seq IS NOT NULL
             AND state != 'superseded' ORDER BY seq DESC LIMIT 1""", target.id)
-        if wanted:
+        if run:
+            good = [row for row in good if row[1] == run]
+        elif wanted:
             good = [row for row in good if row[2] == wanted] or [(0, 0, wanted, "")]
         elif last == "ok" and good:
             origin, _, stands, _ = good[0]
             good = [row for row in good if row[1] < origin and row[2] != stands]
         if not good:
-            raise SystemExit("hookd: there is nothing to go back to: no other commit was ok before")
+            why = f"run {run} was not ok" if run else "no other commit was ok before"
+            raise SystemExit(f"hookd: there is nothing to go back to: {why}")
         origin, _, commit, release = good[0]
         return commit, release, origin
 
@@ -4381,12 +4296,12 @@ class Command:
                     store.wish(row.id, who)
         if not rows:
             raise SystemExit("hookd: nothing to cancel: nothing runs or waits there")
-        up, state_of = wake_daemon(self.state), "SELECT state FROM runs WHERE id = ?"
+        wake_daemon(self.state)
+        sql = "SELECT state FROM runs WHERE id = ?"
         for row in rows:
-            while up and store.value(state_of, row.id) == "running":
+            while store.value(sql, row.id) == "running" and daemon_pid(self.state):
                 time.sleep(0.05)
-                up = daemon_pid(self.state) > 0
-            state = store.value(state_of, row.id)
+            state = store.value(sql, row.id)
             print(f"run {row.id} {state}: {row.push}" if state != "running" else
                   f"hookd: hookd is not running; run {row.id} is cancelled when it starts")
         return 0
@@ -4448,19 +4363,17 @@ class Command:
         """POST to the running daemon, at the address that it noted; return status and text."""
         from http.client import HTTPConnection, HTTPException
         where, link = daemon_address(self.config), HTTPConnection("localhost")
+        host, _, port = where.rpartition(":")
+        socket.setdefaulttimeout(REQUEST_SECONDS)
         try:
             if where.startswith("unix:"):
                 link.sock = socket.socket(socket.AF_UNIX)
-                link.sock.settimeout(REQUEST_SECONDS)
                 link.sock.connect(where[5:])
             else:  # 0.0.0.0 and :: lead to this machine
-                host, _, port = where.rpartition(":")
-                link.sock = socket.create_connection((host.strip("[]"), int(port)), REQUEST_SECONDS)
+                link.sock = socket.create_connection((host.strip("[]"), int(port)))
             if self.config.tls_cert:
                 import ssl
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-                context.check_hostname = False  # it is ourselves
-                context.verify_mode = ssl.CERT_NONE
+                context = ssl._create_unverified_context()  # it is ourselves
                 link.sock = context.wrap_socket(link.sock)
             link.request("POST", self.config.path, body, headers)
             answer = link.getresponse()
@@ -4478,8 +4391,6 @@ class Command:
         else:
             head = "TARGET RUN STATE COMMIT BY SUBJECT ENDED TOOK NOW"
             found = [clean(row, TARGET_FACTS, self.hidden) for row in rows]
-        if options.repo and not rows:
-            print(f"hookd: nothing has run for {self.place}", file=sys.stderr)
         if options.json:
             print(json.dumps(found, indent=1))
         else:
@@ -4501,20 +4412,19 @@ class Command:
             "BY": facts["pusher"], "SUBJECT": facts["subject"], "NOTE": facts.get("note"),
             "QUEUED": queued and ago(queued, now), "ENDED": ended and ago(ended, now),
             "TOOK": None if took is None else f"{took:.1f}s",
-            "NOW": redact(self.doing(facts), self.hidden) if "waiting" in facts else ""}
+            "NOW": redact(self.doing(facts), self.hidden)}
 
     def doing(self, target: Facts) -> str:
         """Say what runs, what waits and why."""
-        store, words = self.store, []
-        running, waiting, paused = target["running"], target["waiting"], target["paused"]
+        words, running, waiting = [], target.get("running"), target.get("waiting")
         if running:
-            began = store.value("SELECT began FROM runs WHERE id = ?", running)
-            words += [f"run {running} runs since {time.time() - began:.0f} s", store.why(running)]
+            began = self.store.value("SELECT began FROM runs WHERE id = ?", running)
+            words += [f"run {running} runs since {time.time() - began:.0f} s",
+                      self.store.why(running)]
         if waiting:
-            more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
-            words.append(f"run {waiting[0]}{more} waits: {store.why(waiting[0])}".rstrip(": "))
-        elif paused is not None:
-            words.append(f"paused: {paused}".rstrip(": "))
+            words.append(f"run {waiting[0]} of {len(waiting)} waits: {self.store.why(waiting[0])}")
+        elif target.get("paused") is not None:
+            words.append(f"paused: {target['paused']}")
         return ", ".join(filter(None, words))
 
     def log(self) -> int:

