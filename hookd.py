@@ -77,7 +77,6 @@ CLOSE_SECONDS = 2.0  # at a stop, for requests that have begun
 GIT_SECONDS = 60.0  # for a question to git
 QUIET_SECONDS, BURST_SECONDS = 0.05, 1.0  # of quiet that end a burst; the longest wait for that
 LOCK_SECONDS = 0.5  # how long to wait before retrying a lock held elsewhere
-STUCK_SECONDS = 5.0  # after which a directory or a file that does not answer is reported
 RETRY_SECONDS = (60.0, 300.0, 900.0)  # before each retry of a remote that could not be reached
 ATTEMPTS_MAX = 2  # beginnings of a script that a stop or a crash cut off
 BUSY_SECONDS = 1.0  # for a database that another program has locked
@@ -384,20 +383,11 @@ class Hook:
         return self.pattern if self.pattern.startswith("refs/") else f"refs/{kind}/{self.pattern}"
 
     @property
-    def directory_pattern(self) -> str:
-        """Return the directory with the hook's own pattern in it, to compare two hooks by."""
-        return os.path.normpath(fill(self.directory, self.repo.lower(), self.ref_pattern))
-
-    @property
     def is_pattern(self) -> bool:
         return bool(re.search(r"[*?\[]", self.repo + self.pattern))
 
     def matches(self, push: Push) -> bool:
         return self.event == push.event and fnmatchcase(push.ref, self.ref_pattern)
-
-    def line(self, ref: str) -> str:
-        """Return the ref of this ref's target: tags, and releases, share one for each directory."""
-        return "" if self.releases or ref.startswith("refs/tags/") else ref
 
 
 @dataclass(frozen=True)
@@ -468,8 +458,9 @@ class Ini:
         self.levels = {section: dict(ini[section]) for section in ini.sections()}
 
     def problem(self, section: str, key: str, fault: str, warns: bool = False) -> None:
-        line = escape(f"{self.name}: [{section}]{' ' + key if key else ''}: {fault}")
-        (self.warnings if warns else self.problems).append(line)
+        if fault:
+            line = escape(f"{self.name}: [{section}]{' ' + key if key else ''}: {fault}")
+            (self.warnings if warns else self.problems).append(line)
 
     def state(self, default: str) -> str:
         given = self.levels.get("hookd", {}).get("state")
@@ -1030,7 +1021,8 @@ class Store:
 
     def target(self, hook: Hook, repo: str, ref: str) -> Target:
         """Return the target of a hook for a ref, made if need be; two spellings are one."""
-        key = (hook.section, repo, hook.line(ref))
+        shares = hook.releases or ref.startswith("refs/tags/")  # one for each directory
+        key = (hook.section, repo, "" if shares else ref)
         sql = """SELECT id, hook, repo, ref, directory, event, ordinal, newest, signature
             FROM targets WHERE hook = ? AND repo = ? AND ref = ?"""
         for row in self.execute(sql, *key):
@@ -1350,12 +1342,9 @@ def reason(outcome: Outcome) -> str:
 def summary(run: Run, outcome: Outcome, seconds: float) -> str:
     """Return one line about a run for a person."""
     push, why = run.push, reason(outcome)
-    why = f" ({why})" if why else ""
-    at = f" at {push.commit[:7]}" if push.commit else ""
-    subject = f' "{push.subject}"' if push.subject else ""
-    by = f" by {push.pusher}" if push.pusher else ""
-    return escape(f"{push.place} {outcome.state}{why}{at}{subject}{by}, run {run.id}, "
-                  f"{seconds:.0f} s")
+    words = [push.place, outcome.state, why and f"({why})", push.commit and f"at {push.commit[:7]}",
+             push.subject and f'"{push.subject}"', push.pusher and f"by {push.pusher}"]
+    return escape(f"{' '.join(filter(None, words))}, run {run.id}, {seconds:.0f} s")
 
 
 # ========================================================================================= work
@@ -1372,7 +1361,6 @@ def summary(run: Run, outcome: Outcome, seconds: float) -> str:
 # survivors are known by HOOKD_PAYLOAD in their environment, a path that only their run has: a
 # pid on disk could be another process's by now.
 #
-# Output goes through a pipe that is always read: no child blocks on it, and none fills the disk.
 # A step of a run returns None when the next may follow, else the Outcome that ends the run.
 
 PRIVATE = re.compile(
@@ -1387,21 +1375,62 @@ ADVICE = {
     "bad permissions": "ssh refuses a deploy_key that others can read; chmod 600 it",
     "Host key verification failed": "the remote's host key changed; compare it, mend known_hosts",
     "Permission denied (publickey": "the remote does not know this key; add its .pub there",
-    "could not read Username": "the remote wants a login; use an ssh URL and a deploy_key",
-    "Authentication failed": "the remote refused the login; use an ssh URL and a deploy_key",
     "epository not found": "no such repository for this key; check git and deploy_key",
-    "couldn't find remote ref": "the remote has no such branch; was it deleted?",
-    "Could not resolve host": "the remote's name is not known; check git and the network",
+    "git: not found": "no git in PATH; install git, or set PATH in environment",  # sh's words
     "directory: 'git'": "no git in PATH; install git, or set PATH in environment",
-    "No space left": "the disk is full; make room",
 }
 UNREACHABLE = re.compile(  # git's, curl's and ssh's words for a remote that cannot be reached
     "Could not resolve host|[Uu]nable to look up|Connection refused|timed out|"
     "Network is unreachable|No route to host|Failed to connect|Couldn't connect|Connection reset|"
     "Connection closed by|Operation too slow|returned error: 5|unable to connect|early EOF|"
-    "unexpected disconnect|remote end hung up unexpectedly|Recv failure")
-GIT = ("git", "-c", "gc.autoDetach=false", "-c", "maintenance.autoDetach=false",
-       "-c", "init.defaultBranch=main")  # else git prints hints at each clone
+    "unexpected disconnect|remote end hung up unexpectedly|Recv failure|[Cc]annot fork")
+
+# What git does in a clone, as a person would type it; with a command's environment, so HOOKD_*.
+GIT = """
+git() {
+    command git -c gc.autoDetach=false -c maintenance.autoDetach=false \\
+        -c init.defaultBranch=main "$@"
+}
+"""
+FETCH = """
+remote=$1 tip=$2 goal=$3
+bring() { git fetch -q --force --no-tags --recurse-submodules=no origin "$@"; }
+has_goal() { git cat-file -e "$goal^{commit}" 2> /dev/null; }
+if [ "$remote" ]; then  # there is no clone yet
+    git init -q
+    git config remote.origin.url "$remote"
+fi
+if [ -z "$goal" ]; then
+    bring "+$HOOKD_REF:$tip"  # a ref of our own makes the next fetch small
+elif [ "$HOOKD_CAUSE" != rollback ] || ! has_goal; then
+    bring --prune '+refs/heads/*:refs/hookd/heads/*' '+refs/tags/*:refs/hookd/tags/*'
+    has_goal || bring "+$goal:refs/hookd/asked" || exit 1
+    known=$(git for-each-ref --count=1 --contains "$goal" refs/hookd/heads refs/hookd/tags)
+    [ "$known" ] || echo "hookd: warning: commit $goal is on no branch or tag of the remote"
+fi
+"""
+CHECK_OUT = """
+# Detached, so that branches like `a` and `a/b` can share a working copy.
+git checkout -q --force --detach "$HOOKD_COMMIT" --
+if [ -e .gitmodules ]; then
+    git submodule -q sync --recursive
+    git submodule -q update --init --recursive --force
+fi
+"""
+BUILD = """
+has_modules() { git cat-file -e "$HOOKD_COMMIT:.gitmodules" 2> /dev/null; }
+if has_modules; then
+""" + CHECK_OUT + """
+fi
+plant='set -e; tree=$HOOKD_RELEASE/$displaypath
+    git init -q --template= "$tree"
+    objects=$(git rev-parse --absolute-git-dir)/objects
+    printf "%s\\n" "$objects" > "$tree/.git/objects/info/alternates"
+    git -C "$tree" checkout -q --force --detach "$sha1" --'
+sha1=$HOOKD_COMMIT displaypath=
+eval "$plant"
+if has_modules; then git submodule --quiet foreach --recursive "$plant"; fi
+"""
 
 
 def run_file(state: str, run: int, name: str = "") -> str:
@@ -1422,24 +1451,22 @@ class Output:
 
     def __init__(self, path: str) -> None:
         self.file = io.FileIO(path, "ab", opener=private)
-        self.rest, self.dropped = bytearray(), 0  # the end of what the file has no room for
-        self.tail = bytearray()  # the last of all
+        self.tail, self.missing = bytearray(), 0  # the last of all; how much the file lacks
 
     def write(self, data: bytes) -> None:
+        room = 0 if self.missing else max(OUTPUT_HEAD - self.file.tell(), 0)
         self.tail += data
         del self.tail[:-OUTPUT_TAIL]
-        room = 0 if self.rest else max(OUTPUT_HEAD - self.file.tell(), 0)
+        self.missing += len(data)
         with contextlib.suppress(OSError):  # the disk is full
-            data = data[self.file.write(data[:room]) :]
-        self.rest += data
-        self.dropped += max(len(self.rest) - OUTPUT_TAIL, 0)
-        del self.rest[:-OUTPUT_TAIL]
+            self.missing -= self.file.write(data[:room])
 
     def close(self) -> None:
+        dropped = max(self.missing - len(self.tail), 0)
         with contextlib.suppress(OSError), self.file:
-            if self.dropped:
-                self.file.write(b"\n[hookd: %d bytes were dropped here]\n" % self.dropped)
-            self.file.write(self.rest)
+            if dropped:
+                self.file.write(b"\n[hookd: %d bytes were dropped here]\n" % dropped)
+            self.file.write(self.tail[len(self.tail) - self.missing + dropped:])
 
 
 def variable(text: str) -> bytes:
@@ -1507,15 +1534,15 @@ def git_environment(hook: Hook, state: str, cwd: str = "/") -> dict[bytes, bytes
             b"GIT_CEILING_DIRECTORIES": os.fsencode(above)}
 
 
-def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str = "/",
-            words: str = "") -> tuple[int, str, str]:
-    """Give `words` to a quick git command; return its exit status, output and errors."""
+def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes],
+            cwd: str = "/") -> tuple[int, str, str]:
+    """Return the exit status, the output and the errors of a quick git command."""
     with subprocess.Popen(
             ["git", *arguments], cwd=cwd, env=environ, encoding="utf-8", errors="replace",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True) as child:
         try:
-            output, errors = child.communicate(words, GIT_SECONDS)
+            output, errors = child.communicate(timeout=GIT_SECONDS)
         except subprocess.TimeoutExpired:
             signal_group(child.pid, signal.SIGKILL)  # git alone would leave its ssh
             return 1, "", "no answer in time"
@@ -1535,15 +1562,13 @@ def remote_refs(hook: Hook, repo: str, state: str, *kinds: str) -> dict[str, str
     code, output, errors = ask_git(["ls-remote", *kinds, "--", remote], environ)
     if code:
         first = next((line for line in errors.splitlines() if line[:8] != "Warning:"), "")
-        fault = advice(errors) or redact(first, ()) or f"git ended with {code}"
-        raise OSError(f"{redact(remote, ())}: {fault}")
+        raise OSError(redact(f"{remote}: {advice(errors) or first}", ()))
     return {line.partition("\t")[2]: line.partition("\t")[0] for line in output.splitlines()}
 
 
 def break_locks(dot_git: str) -> None:
     """Remove the lock files of a killed git: under our lock, nobody else works here."""
-    for folder, folders, files in os.walk(dot_git):
-        folders[:] = [name for name in folders if name not in ("objects", "lfs")]
+    for folder, _, files in os.walk(dot_git):
         for name in files:
             if name.endswith(".lock"):
                 os.unlink(os.path.join(folder, name))
@@ -1576,19 +1601,18 @@ def ask_http(url: str, seconds: float, body: str = "", **headers: str) -> bytes:
     `unix:/path:/url` asks a socket. The library's getresponse() would allow each byte `seconds`.
     """
     from http.client import HTTPConnection, HTTPSConnection
-    from urllib.parse import quote, urlsplit
+    from urllib.parse import urlsplit
     unix, end, head = re.match("unix:([^:]+):", url), time.monotonic() + seconds, b""
     parts = urlsplit(f"http://localhost{url[unix.end():]}" if unix else url)
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    link = connect(parts.hostname or "", parts.port or connect.default_port,
-                   timeout=seconds / 2)  # for each address: a name mostly has two, v6 and v4
+    link = connect(parts.netloc.rpartition("@")[2], timeout=seconds / 2)  # for each of v6 and v4
     with contextlib.closing(link):
         if unix:
             link.sock = socket.socket(socket.AF_UNIX)
             link.sock.settimeout(seconds)
             link.sock.connect(unix[1])
         path = parts._replace(scheme="", netloc="", path=parts.path or "/", fragment="").geturl()
-        link.request("POST" if body else "GET", quote(path, safe="/?%:@!$&'()*+,;=~"), body or None,
+        link.request("POST" if body else "GET", path, body or None,
                      {"User-Agent": f"hookd/{VERSION}", **headers})
         while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_MAX:
             link.sock.settimeout(max(end - time.monotonic(), 0.001))
@@ -1615,30 +1639,28 @@ class Ended(NamedTuple):
 class Job:
     """Carry out one run under its locks: `work` is a thread's root, `end` is for other threads.
 
-    It hands Named and Ended to `tell`. With `settles` it does only what a crash left to do.
+    It hands Named and Ended to `tell`. Of a run with `owed` it does only what a crash left to do.
     Subclasses override `prepare` and `finish`.
     """
 
     def __init__(self, run: Run, hook: Hook, state: str, tell: Callable[[Any], None]) -> None:
         self.run, self.hook, self.state, self.tell = run, hook, state, tell
         self.payload: bytes = b""
-        self.settles = False
         self.releases: Sequence[tuple[str, str]] = ()  # and the states of their runs, newest first
         self.held: set[int] = set()  # runs whose commits are held
         self.hidden: Sequence[str] = ()  # what the log shows as ***
         self.output: Any = None
-        self.began = self.complaint = ""  # lines of the log: that it began, what held it up
+        self.began = ""  # the log's line
         self.through = False  # it has ended, though the history may not know yet
         self.commit, self.subject = run.push.commit, run.push.subject
         self.directory = self.clone = self.cwd = run.target.directory
         self.folder = run_file(state, run.id)  # with a slash at its end
-        self.doing = f"its directory {self.directory}"  # what a dead disk could hold up
         self.since = time.monotonic()
         self.release = ""  # the one that it builds, or goes back to
         self.dropped: list[str] = []  # releases that it removed
         self.begun = self.changed = False  # a script has begun; what is deployed has changed
-        self.shielded = False  # from `end`
-        self.variables = base_environment(hook)
+        self.goes_back = False  # to the release that was live before, whatever `end` says
+        self.variables: Mapping[str, str] = {}  # of environment_file
         self.deadline = NEVER
         self.verdict: Optional[tuple[str, str]] = None  # state and why, unless it ends by itself
         self.locks: list[int] = []
@@ -1647,7 +1669,7 @@ class Job:
 
     def end(self, state: str, why: str) -> None:
         """Have the run end in `state`: its process group is ended within GRACE_SECONDS."""
-        if not self.shielded:
+        if not self.goes_back:
             self.verdict = self.verdict or (state, why)
 
     @property
@@ -1661,11 +1683,6 @@ class Job:
             return []
         text = redact(self.output.tail.decode("utf-8", "replace"), self.hidden)
         return text[-4096:].splitlines()[-QUOTED_LINES:]
-
-    def held_up(self) -> str:
-        """Say what a run waits for that should have answered at once; "" where nothing."""
-        late = time.monotonic() - self.since > STUCK_SECONDS
-        return f"{self.doing} does not answer" if self.doing and late else ""
 
     # ---- a run from its beginning to its end
 
@@ -1692,15 +1709,15 @@ class Job:
             return Outcome("queued", 0, str(error), LOCK_SECONDS)
         log.info(self.began)
         with contextlib.closing(self.output):
-            return self.settle() if self.settles else self.carry_out()
+            return self.settle() if self.run.owed else self.carry_out()
 
     def take_locks(self) -> None:
         """Take the run's locks; raise OSError, at once where one is held elsewhere."""
-        real, lock = os.path.realpath(self.directory), self.hook.lock
-        above = [real[: slash.start()] or "/" for slash in re.finditer("/", real)]
-        names = {**dict.fromkeys(above, fcntl.LOCK_SH), real: fcntl.LOCK_EX}
+        real, push, lock = os.path.realpath(self.directory), self.run.push, self.hook.lock
+        names = {real[: slash.start()] or "/": fcntl.LOCK_SH for slash in re.finditer("/", real)}
+        names[real] = fcntl.LOCK_EX
         if lock:
-            names["lock " + fill(lock, self.run.push.repo, self.run.push.ref)] = fcntl.LOCK_EX
+            names["lock " + fill(lock, push.repo, push.ref)] = fcntl.LOCK_EX
         os.makedirs(f"{self.state}/locks", 0o700, exist_ok=True)
         for name, kind in names.items():
             digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
@@ -1729,72 +1746,72 @@ class Job:
     def carry_out(self) -> Outcome:
         """Deploy, go back where that failed behind the switch, run what follows."""
         self.deadline = time.monotonic() + self.hook.timeout
-        try:
-            outcome = self.deploy()
-        except OSError as error:
-            outcome = Outcome("failed", 1, advice(str(error)) or str(error))
-            if isinstance(error, BlockingIOError) and not self.begun:
-                outcome = Outcome("queued", 0, "no room for one more process", 1.0)
-        self.doing = ""
+        outcome = self.guarded(self.deploy) or Outcome("ok")
+        outcome = self.finish(outcome)
         if outcome.state == "queued":
             return outcome
-        outcome = self.finish(outcome)
         if outcome.state == "ok" and self.hook.git and self.commit:
             self.hold_commit()
         if outcome.note:
             self.say(f"{outcome.state}: {reason(outcome)}")
         if outcome.state in ("ok", "failed", "timeout"):
-            self.afterwards(outcome, time.monotonic() - self.since)
+            self.afterwards(outcome)
         return outcome
 
-    def deploy(self) -> Outcome:
-        """Return how the deploy itself ended."""
-        discard(f"{self.folder}begun")  # of an attempt that was cut off
+    def guarded(self, part: Callable[[], Optional[Outcome]]) -> Optional[Outcome]:
+        """Do a part of the run; what the system refuses ends it, or has it wait."""
+        try:
+            return part()
+        except OSError as error:
+            if isinstance(error, BlockingIOError) and not self.begun:
+                return Outcome("queued", 0, "no room for one more process", 1.0)
+            return Outcome("failed", 1, advice(str(error)) or str(error))
+
+    def deploy(self) -> Optional[Outcome]:
+        """Do all that `ok` stands for."""
+        for name in ("begun", "switched"):  # of an attempt that was cut off
+            discard(f"{self.folder}{name}")
         with open(f"{self.folder}payload.json", "wb", opener=private) as file:
             file.write(self.payload)
         self.payload = b""  # up to 25 MB, for as long as the run may take
         os.makedirs(self.directory, exist_ok=True)
-        os.listdir(self.directory)
+        os.listdir(self.directory)  # a dead disk stops this thread here, not a child before exec
         self.read_environment()
         if self.run.push.deleted:
-            return self.step("on_delete") or Outcome("ok")
-        return self.prepare() or self.go_live() or Outcome("ok")
+            return self.step("on_delete")
+        return self.prepare() or self.go_live()
 
     def read_environment(self) -> None:
-        self.doing = f"environment_file {self.hook.environment_file}"
-        found = file_variables(self.hook)
-        self.hidden = [*self.hidden, *lines("\n".join(found.values()))]
-        self.variables = base_environment(self.hook, found.items())
-        self.doing = ""
+        self.variables = file_variables(self.hook)
+        self.hidden = [*self.hidden, *lines("\n".join(self.variables.values()))]
 
     def prepare(self) -> Optional[Outcome]:
         """Make the directory what is to be deployed, and run `command` in it."""
-        failure = self.fetch() or self.check_out() if self.hook.git else None
+        failure = self.fetch() if self.hook.git else None
+        if self.hook.git and not failure:
+            self.changed = True
+            failure = self.git("checkout", CHECK_OUT)
         return failure or self.step("command")
 
     def go_live(self) -> Optional[Outcome]:
-        """Activate what was deployed, and ask for its health."""
-        self.deadline = time.monotonic() + self.hook.timeout
-        return self.step("activate") or self.check_health()
-
-    def check_health(self) -> Optional[Outcome]:
-        """Ask the healthcheck once a second until it agrees or its time is over."""
-        url, answer, now = self.hook.healthcheck, "", time.monotonic()
-        until = now + self.hook.healthcheck_timeout
-        while url and now < until and not self.verdict:
+        """Activate what was deployed, then ask for its health once a second."""
+        failure, answer = self.step("activate"), ""
+        url, seconds = self.hook.healthcheck, self.hook.healthcheck_timeout
+        until = time.monotonic() + seconds
+        while url and not failure and not self.verdict:
+            now = time.monotonic()
+            if now >= until:
+                self.say(f"healthcheck {redact(url, ())} answered last: {answer}")
+                return self.ending(1, f"healthcheck: {answer} after {seconds} s")
             try:
                 head = ask_http(url, min(5.0, until - now))
                 answer = head.partition(b"\r\n")[0].decode("latin-1")
             except (OSError, ValueError) as error:
                 answer = f"no answer: {error}"
             if re.match(r"HTTP/1\.[01] 2[0-9][0-9]\b", answer):
-                return self.ending(0)
+                break
             time.sleep(max(min(now + 1, until) - time.monotonic(), 0))
-            now = time.monotonic()
-        if not url or self.verdict:
-            return self.ending(0)
-        self.say(f"healthcheck {redact(url, ())} answered last: {answer}")
-        return self.ending(1, f"healthcheck: {answer} after {self.hook.healthcheck_timeout} s")
+        return failure or self.ending(0)
 
     def finish(self, outcome: Outcome) -> Outcome:
         """Clean up behind a deploy; return its outcome with what stands."""
@@ -1805,26 +1822,25 @@ class Job:
         with contextlib.suppress(OSError):  # the scripts do what they can without it
             self.read_environment()
         outcome = self.finish(Outcome(self.run.state, 1, self.run.note))
+        log.warning("run %d: %s: %s", self.run.id, outcome.note, self.run.push)
         if self.run.state == "interrupted" and self.run.owed == 1:
-            self.afterwards(outcome, 0.0)
+            self.afterwards(outcome)
         return outcome
 
-    def afterwards(self, outcome: Outcome, duration: float) -> None:
+    def afterwards(self, outcome: Outcome) -> None:
         """Run on_success or on_failure; its own failure is reported and changes nothing."""
-        name, self.shielded = "on_success" if outcome.state == "ok" else "on_failure", False
-        self.verdict, self.deadline = None, time.monotonic() + self.hook.timeout
-        try:
-            code = self.script(
-                getattr(self.hook, name), STATE=outcome.state, EXIT=outcome.exit,
-                DURATION=round(duration), LOG=f"{self.folder}output.log",
-                PREVIOUS_STATE=self.run.last_state,
-                SUMMARY=summary(self.run._replace(push=self.push), outcome, duration))
-            failure = (self.ending(code, f"exit {code}") or Outcome("ok")).note
-        except OSError as error:
-            failure = str(error)
+        name, seconds = "on_failure", time.monotonic() - self.since
+        if outcome.state == "ok":
+            name = "on_success"
+        self.verdict = None
+        failure = self.guarded(lambda: self.step(
+            name, STATE=outcome.state, EXIT=outcome.exit, DURATION=round(seconds),
+            LOG=f"{self.folder}output.log", PREVIOUS_STATE=self.run.last_state,
+            SUMMARY=summary(self.run._replace(push=self.push), outcome, seconds)))
         if failure:
-            self.say(f"{name} failed: {failure}")
-            log.warning("%s of run %d failed: %s: %s", name, self.run.id, failure, self.run.push)
+            self.say(f"{name} failed: {reason(failure)}")
+            log.warning("%s of run %d failed: %s: %s", name, self.run.id, reason(failure),
+                        self.run.push)
 
     def say(self, text: str) -> None:
         self.output.write(f"hookd: {text}\n".encode("utf-8", "replace"))
@@ -1838,76 +1854,44 @@ class Job:
 
     # ---- git
 
-    def git(self, *arguments: str, cwd: str = "") -> Optional[Outcome]:
-        """Run a git command that works; what could not reach the remote is to be tried again."""
-        cwd, name = cwd or self.clone, arguments[0]
-        environ = {**self.environment(), **git_environment(self.hook, self.state, cwd)}
-        code = self.child([*GIT, *arguments], environ, cwd)
-        remote = name in ("fetch", "submodule")
-        silent = remote and self.verdict is not None and self.verdict[0] == "timeout"
-        if not code or (self.verdict and not silent):
-            return self.ending(code)
+    def git(self, name: str, script: str, *arguments: str) -> Optional[Outcome]:
+        """Let git work in the clone; what could not reach the remote is to be tried again."""
+        environ = {**self.environment(), **git_environment(self.hook, self.state, self.clone)}
+        failure = self.ending(self.child(GIT + script, environ, self.clone, *arguments), "failed")
+        if not failure or failure.state not in ("failed", "timeout"):
+            return failure
         words = self.output.tail[-4096:].decode("utf-8", "replace")
-        causes = UNREACHABLE.findall(words) if remote else []
-        causes += ["no answer in time"] if silent else []
+        causes = UNREACHABLE.findall(words)
+        if failure.state == "timeout":
+            causes.append("no answer in time")
         note = f"git {name}: {next(filter(None, [advice(words), *causes]), 'failed')}"
+        failure = failure._replace(state="failed", note=note, unreachable=bool(causes))
         if causes and self.run.tries < len(RETRY_SECONDS):
-            return Outcome("queued", code, note, RETRY_SECONDS[self.run.tries], True)
-        gave_up = "; gave up" if causes else ""
-        return Outcome("failed", code, note + gave_up, 0.0, bool(causes))
+            return failure._replace(state="queued", delay=RETRY_SECONDS[self.run.tries])
+        return failure
 
-    def ask(self, *arguments: str, words: str = "") -> Optional[str]:
+    def ask(self, *arguments: str) -> Optional[str]:
         """Return the output of a quick git command in the clone; None where it fails."""
         environ = {**self.environment(), **git_environment(self.hook, self.state, self.clone)}
-        code, output, _ = ask_git(arguments, environ, self.clone, words)
+        code, output, _ = ask_git(arguments, environ, self.clone)
         return None if code else output
 
-    def open_clone(self) -> Optional[Outcome]:
-        """See to it that there is a clone of the hook's repository, and that it is usable."""
-        remote, dot_git = fill(self.hook.git, self.run.push.repo, ""), f"{self.clone}/.git"
+    def fetch(self) -> Optional[Outcome]:
+        """Bring the commit to be deployed into the clone, and name it."""
+        run, push = self.run, self.run.push
+        remote, dot_git = fill(self.hook.git, push.repo, ""), f"{self.clone}/.git"
         have = self.ask("config", "--file", f"{dot_git}/config", "remote.origin.url")
         if have != remote and (have or os.listdir(self.clone) not in ([], [".git"])):
             become = shlex.join(["git", "-C", self.clone, "config", "remote.origin.url", remote])
             fault = (f"{self.clone} is no clone of {remote}, but has {have or 'other files'}; set "
-                     "releases if it has some, set another directory, empty this one, or if it "
-                     f"may become one: {become}")
+                     f"another directory, empty this one, or if it may become one: {become}")
             return Outcome("failed", 1, redact(fault, ()))
         break_locks(dot_git)
-        if have:
-            return None
-        return self.git("init", "-q") or self.git("config", "remote.origin.url", remote)
-
-    def fetch(self) -> Optional[Outcome]:
-        """Bring the commit to be deployed into the clone, and name it."""
-        push, goal, failure = self.run.push, self.run.goal, self.open_clone()
-        tip = f"refs/hookd/tip/{slug(push.ref)}"  # a ref of our own makes the next fetch small
-        if goal:
-            return failure or self.fetch_goal(goal) or self.name_commit(goal)
-        failure = failure or self.bring(f"+{push.ref}:{tip}")
-        if push.event == "workflow_run":
-            return failure or self.needless(push.commit, tip) or self.name_commit(push.commit)
-        return failure or self.name_commit(tip)
-
-    def bring(self, *refs: str) -> Optional[Outcome]:
-        return self.git("fetch", "-q", "--force", "--no-tags", "--recurse-submodules=no", "origin",
-                        *refs)
-
-    def fetch_goal(self, goal: str) -> Optional[Outcome]:
-        """Bring the very commit that was asked for, wherever in the repository it is."""
-        have = partial(self.ask, "cat-file", "-e", f"{goal}^{{commit}}")
-        if self.run.cause == "rollback" and have() is not None:
-            return None
-        failure = self.bring("--prune", "+refs/heads/*:refs/hookd/heads/*",
-                             "+refs/tags/*:refs/hookd/tags/*")
-        if not failure and have() is None:
-            failure = self.bring(f"+{goal}:refs/hookd/asked")
-            if failure and failure.state == "failed":
-                fault = f"the remote has no commit {goal}, or does not give it"
-                failure = failure._replace(note=fault, exit=1)
-        places = "refs/hookd/heads", "refs/hookd/tags"
-        if not failure and not self.ask("for-each-ref", "--count=1", "--contains", goal, *places):
-            self.say(f"warning: commit {goal} is on no branch or tag of the remote")
-        return failure
+        tip, checked = f"refs/hookd/tip/{slug(push.ref)}", push.event == "workflow_run"
+        failure = self.git("fetch", FETCH, "" if have else remote, tip, run.goal)
+        if checked and not run.goal:
+            failure = failure or self.needless(push.commit, tip)
+        return failure or self.name_commit(run.goal or (push.commit if checked else tip))
 
     def needless(self, commit: str, tip: str) -> Optional[Outcome]:
         """End a run whose commit passed its checks too late to be deployed."""
@@ -1930,86 +1914,69 @@ class Job:
             return Outcome("superseded", 0, f"passed over: its message has {words[0]}")
         return None
 
-    def check_out(self) -> Optional[Outcome]:
-        """Make the clone's working tree the named commit, with its submodules; keep other files."""
-        # Detached, so that branches like `a` and `a/b` can share a working copy.
-        self.changed, checkout = True, ("checkout", "-q", "--force", "--detach", self.commit, "--")
-        failure = self.git(*checkout)
-        if failure and b"index file" in self.output.tail:
-            discard(f"{self.clone}/.git/index")  # cut short by a crash: git makes it anew
-            failure = self.git(*checkout)
-        if failure or not os.path.exists(f"{self.clone}/.gitmodules"):
-            return failure
-        return (self.git("submodule", "-q", "sync", "--recursive")
-                or self.git("submodule", "-q", "update", "--init", "--recursive", "--force"))
-
     def hold_commit(self) -> None:
         """Keep git from losing the commit: no forced push or clean-up takes the way back."""
-        runs = self.ask("for-each-ref", "--format=%(refname:lstrip=2)", "refs/hookd/[0-9]*") or ""
-        orders = [f"delete refs/hookd/{run}\n" for run in runs.split()
-                  if int(run) not in {*self.held, self.run.id}]
-        orders.append(f"update refs/hookd/{self.run.id} {self.commit}\n")
-        if self.ask("update-ref", "--stdin", words="".join(orders)) is None:
+        if self.ask("update-ref", f"refs/hookd/{self.run.id}", self.commit) is None:
             self.say(f"warning: no ref could be written, so git may lose {self.commit}")
+        runs = self.ask("for-each-ref", "--format=%(refname:lstrip=2)", "refs/hookd/[0-9]*") or ""
+        for run in {*map(int, runs.split())} - {*self.held, self.run.id}:
+            self.ask("update-ref", "-d", f"refs/hookd/{run}")
 
     # ---- children
 
-    def step(self, name: str) -> Optional[Outcome]:
-        """Run a script of the hook."""
-        code = self.script(getattr(self.hook, name))
-        return self.ending(code, "" if name == "command" else f"{name} exited with {code}")
-
-    def script(self, text: str, **facts: Any) -> int:
-        """Run a script, if there is one; return its exit status."""
+    def step(self, name: str, **facts: Any) -> Optional[Outcome]:
+        """Run a script of the hook, if there is one; `facts` are what follows a run must know."""
+        text = getattr(self.hook, name)
         if not text:
-            return 0
+            return self.ending(0)
         if not facts:
             self.changed = True
             self.mark("begun")  # a crash from here on counts as an attempt
+        if name != "command":  # which shares its time with git
+            self.deadline = time.monotonic() + self.hook.timeout
         # on_delete removes its directory; what follows must not run in the root directory.
         cwd = next(filter(os.path.isdir, (self.cwd, self.directory)), self.folder)
         text = f"ulimit -S -n {FILES_SOFT} 2> /dev/null; {text}"
-        return self.child(["/bin/sh", "-e", "-c", text, "sh"], self.environment(**facts), cwd)
+        code, self.begun = self.child(text, self.environment(**facts), cwd), True
+        return self.ending(code, "" if name == "command" or facts else f"{name} exited with {code}")
 
     def environment(self, **facts: Any) -> dict[bytes, bytes]:
         """Return what a child finds: hookd's own without private names, the hook's, HOOKD_*."""
-        run, push = self.run, self.run.push
+        run, push, commit, release = self.run, self.run.push, self.commit, self.release
+        if self.goes_back:
+            commit, release = run.last_good, run.live
         facts = {
             "EVENT": push.event, "REPO": push.repo, "REF": push.ref, "RUN": run.id,
-            "BRANCH": short_name(push.ref), "SLUG": slug(push.ref), "COMMIT": self.commit,
+            "BRANCH": short_name(push.ref), "SLUG": slug(push.ref), "COMMIT": commit,
             "BEFORE": push.before, "PUSHER": push.pusher, "DELIVERY": run.delivery,
             "LAST_GOOD": run.last_good, "PAYLOAD": f"{self.folder}payload.json",
             "CAUSE": run.cause, "SUBJECT": self.subject, **facts}
         if self.hook.releases:
             facts.update(CURRENT=f"{self.directory}/current",
-                         RELEASE=f"{self.directory}/releases/{self.release}")
-        own = {f"HOOKD_{name}".encode(): variable(str(fact)) for name, fact in facts.items()}
-        return {**self.variables, **own}
+                         RELEASE=f"{self.directory}/releases/{release or run.live}")
+        own = {f"HOOKD_{name}": str(fact) for name, fact in facts.items()}
+        return base_environment(self.hook, {**self.variables, **own}.items())
 
-    def child(self, arguments: Sequence[str], environ: Mapping[bytes, bytes], cwd: str) -> int:
-        """Run a child to its end, or to the run's; return its exit status, 128+N after signal N."""
-        script, signals, end_at = arguments[0] != "git", [signal.SIGTERM, signal.SIGKILL], NEVER
+    def child(self, script: str, environ: Mapping[bytes, bytes], cwd: str, *arguments: str) -> int:
+        """Run a script to its end, or to the run's; return its exit status, 128+N for signal N."""
         with subprocess.Popen(
-                arguments, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, start_new_session=True, pass_fds=self.locks) as child:
-            self.begun = self.begun or script
-            while child.poll() is None or (signals and signal_group(child.pid, 0)):
-                now, gone = time.monotonic(), child.returncode is not None
-                if now >= self.deadline and not gone:
-                    why = f"took longer than {self.hook.timeout}s"
-                    self.verdict = self.verdict or ("timeout", why)
-                if end_at == NEVER and (self.verdict or gone):
-                    end_at = now if self.verdict else now + 0.25
-                if now >= end_at and signals:
-                    signal_group(child.pid, signals.pop(0))
-                    end_at = now + GRACE_SECONDS
-                if gone:
+                ["/bin/sh", "-e", "-c", script, "sh", *arguments], cwd=cwd, env=environ,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True, pass_fds=self.locks) as child:
+            while child.poll() is None and not self.verdict:
+                if time.monotonic() >= self.deadline:
+                    self.verdict = "timeout", f"took longer than {self.hook.timeout}s"
+                self.copy(child, 0.25)
+            patience = 0.0 if self.verdict else 0.25  # for what is about to end by itself
+            for number, seconds in ((0, patience), (signal.SIGTERM, GRACE_SECONDS),
+                                    (signal.SIGKILL, GRACE_SECONDS)):
+                until, left = time.monotonic() + seconds, signal_group(child.pid, number)
+                while left and time.monotonic() < until:
+                    self.copy(child, 0.0)
                     time.sleep(0.02)
-                else:
-                    self.copy(child, 0.25)
+                    child.poll()  # a zombie is left, too
+                    left = signal_group(child.pid, 0)
             self.copy(child, 0.0)  # its last words; a background child's would never end
-        if len(signals) < 2 and script and not self.verdict:
-            self.say("ended the processes that the script left behind in its process group")
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
     def copy(self, child: "subprocess.Popen[bytes]", seconds: float) -> None:
@@ -2030,64 +1997,34 @@ class ReleaseJob(Job):
     def __init__(self, run: Run, hook: Hook, state: str, tell: Callable[[Any], None]) -> None:
         super().__init__(run, hook, state, tell)
         self.clone, self.current = f"{self.directory}/repo", f"{self.directory}/current"
-        self.switched = False
 
     def live(self) -> str:
         """Return the release that `current` leads to, if any."""
         return os.path.basename(os.readlink(self.current)) if os.path.islink(self.current) else ""
 
-    def stands(self) -> str:
-        commit = f" ({self.run.last_good[:7]})" if self.run.last_good else ""
-        return f"release {self.run.live}{commit}" if self.run.live else "no release"
-
     def prepare(self) -> Optional[Outcome]:
         """Build a release and switch to it; or switch to one that is kept."""
-        for path, away in ((f"{self.directory}/.git", self.directory), (self.current,) * 2):
-            if os.path.lexists(path) and not os.path.islink(path):
-                remedy = shlex.join(["mv", away, f"{away}.plain"])
-                return Outcome("failed", 1, f"{path} is in the way of releases; set another "
-                               f"directory, or move it away ({remedy})")
+        if os.path.lexists(self.current) and not os.path.islink(self.current):
+            return Outcome("failed", 1, f"{self.current} is no link; move it away")
         # Where the history knows none, what is live was another hook's, or a lost history's.
         self.run = self.run._replace(live=self.run.live or self.live())
         for folder in ("repo", "releases", "shared"):
             os.makedirs(f"{self.directory}/{folder}", exist_ok=True)
         releases, self.release = f"{self.directory}/releases", self.run.release
         if self.release and os.path.isdir(f"{releases}/{self.release}"):
-            return self.switch()
+            return self.switch(self.release)
         attempt, self.release = self.run.attempts, ""
         while not self.release or os.path.lexists(f"{releases}/{self.release}"):
             attempt += 1
             self.release = f"{self.run.id}-{attempt}" if attempt > 1 else str(self.run.id)
         self.cwd = f"{releases}/{self.release}"
         return (self.fetch() or self.build() or self.share() or self.step("command")
-                or self.switch())
+                or self.switch(self.release))
 
     def build(self) -> Optional[Outcome]:
         """Check the commit out as a new release, whose objects are those of the clone."""
-        failure, trees = None, [(self.commit, "", f"{self.clone}/.git")]
-        if self.ask("cat-file", "-e", f"{self.commit}:.gitmodules") is not None:
-            failure = self.check_out()
-            self.changed = False  # nothing that anybody sees
-            # NUL, as a path is a pusher's text: a newline in it may not look like another's path.
-            each = r'printf "%s\0" "$sha1" "$displaypath" "$(git rev-parse --absolute-git-dir)"'
-            words = self.ask("submodule", "--quiet", "foreach", "--recursive", each) or ""
-            texts = iter(words.split("\0"))
-            trees += zip(texts, texts, texts)
-        if not failure:
-            self.mark("made", self.release)
-            os.mkdir(self.cwd)
-        for commit, path, folder in trees:
-            failure = failure or self.plant(commit, os.path.join(self.cwd, path), folder)
-        remote = fill(self.hook.git, self.run.push.repo, "")
-        return failure or self.git("config", "remote.origin.url", remote, cwd=self.cwd)
-
-    def plant(self, commit: str, tree: str, folder: str) -> Optional[Outcome]:
-        """Check a commit out into a folder, with the objects of another repository's."""
-        failure = self.git("init", "-q", "--template=", cwd=tree)
-        if not failure:
-            with open(f"{tree}/.git/objects/info/alternates", "w") as file:
-                file.write(f"{folder}/objects\n")
-        return failure or self.git("checkout", "-q", "--force", "--detach", commit, "--", cwd=tree)
+        self.mark("made", self.release)
+        return self.git("checkout", BUILD)
 
     def share(self) -> Optional[Outcome]:
         """Link what all releases share into the new one; what is shared wins over the commit's."""
@@ -2108,50 +2045,42 @@ class ReleaseJob(Job):
             os.symlink(os.path.relpath(source, folder), link)
         return None
 
-    def switch(self) -> Optional[Outcome]:
-        """Make the release the live one, unless the run has to end."""
+    def switch(self, release: str) -> Optional[Outcome]:
+        """Make a release the live one, unless the run has to end."""
         if not self.verdict:
             self.mark("switched", self.run.live)  # a crash from here on has to go back
-            self.cwd, self.switched, self.changed = self.current, True, True
-            point(self.current, f"releases/{self.release}")
+            self.cwd, self.changed = self.current, True
+            point(self.current, f"releases/{release}")
         return self.ending(0)
 
     def finish(self, outcome: Outcome) -> Outcome:
         """Go back where a switch was not confirmed, remove what is too old, say what stands."""
-        if self.settles:
-            marks, self.release = self.marked("switched"), self.live()
-            # The mark knows more than a history that was lost, less than a power cut.
-            self.run = self.run._replace(live=self.run.live or "".join(marks[-1:]))
-            self.switched = bool(marks) or self.run.live not in ("", self.release)
-        if outcome.state not in ("ok", "superseded"):
-            stands = self.go_back() if self.switched else f"{self.stands()} stands"
-            outcome = outcome._replace(note=f"{outcome.note}; {stands}".lstrip("; "))
-        if self.settles:
-            log.warning("run %d: %s: %s", self.run.id, outcome.note, self.run.push)
+        if outcome.state not in ("ok", "superseded") and not outcome.delay:
+            note = f"{outcome.note}; {self.go_back()}".lstrip("; ")
+            outcome = outcome._replace(note=note)
         self.clean(outcome.state)
         return outcome
 
     def go_back(self) -> str:
-        """Make the release that stands the live one again; return a sentence about it."""
-        self.shielded, self.verdict, live = True, None, self.run.live
+        """Make the release that stood before a switch the live one again; return what stands."""
+        switched = self.marked("switched")  # which knows more than a history that was lost
+        self.run = self.run._replace(live=self.run.live or "".join(switched[-1:]))
+        live, commit = self.run.live, f" ({self.run.last_good[:7]})" if self.run.last_good else ""
+        stands = f"release {live}{commit}" if live else "no release"
+        # A power cut may leave the switch without its mark.
+        if not switched and not (self.run.owed and live not in ("", self.live())):
+            return f"{stands} stands"
         if not live or not os.path.isdir(f"{self.directory}/releases/{live}"):
-            return f"nothing to go back to, release {self.release} stays"
-        self.say(f"going back to {self.stands()}")
-        tried, failed, fault = self.release, self.commit, ""
-        self.cwd, self.release, self.commit = self.current, live, self.run.last_good
-        try:
-            point(self.current, f"releases/{live}")
-            failure = self.go_live()
-            fault = failure.note or failure.state if failure else ""
-        except OSError as error:
-            fault = str(error)
-        self.release, self.commit, self.verdict = tried, failed, None
-        if self.live() != live:
-            return f"could not go back to {self.stands()} ({fault}), release {tried} stays"
-        self.changed = False
+            return f"nothing to go back to, release {self.live()} stays"
+        self.say(f"going back to {stands}")
+        self.goes_back, self.verdict = True, None
+        failure = self.guarded(lambda: self.switch(live) or self.go_live())
+        self.goes_back, self.verdict, self.changed = False, None, self.live() != live
+        if self.changed:
+            return f"could not go back to {stands}, release {self.live()} stays"
         discard(f"{self.folder}switched")
-        how = f"but {fault}; it stays" if fault else "which stands"
-        return f"went back to {self.stands()}, {how}"
+        how = f"but {failure.note}; it stays" if failure else "which stands"
+        return f"went back to {stands}, {how}"
 
     def clean(self, state: str) -> None:
         """Keep the newest good releases, the newest failed one, what is live and what was."""
@@ -2583,12 +2512,11 @@ def hidden_words(levels: Mapping[str, Mapping[str, str]], base: str, state: str)
 # rewrites it every minute even where nothing changes.
 
 REPORT_SECONDS = 15.0  # for one try
-REPORT_DELAYS = (1.0, 10.0, 60.0, 300.0)
+REPORT_DELAYS = (0.0, 1.0, 10.0, 60.0, 300.0)  # before each try
 PAGE_SECONDS = 60.0
 TOKEN_REMEDY = ('is report_api right, and the token neither expired nor without "Commit statuses: '
                 'write" (GitHub; a classic one repo:status) or write:repository (Gitea, Forgejo)?')
-SIGNS = {"ok": "✓", "failed": "✗", "timeout": "✗", "interrupted": "!", "cancelled": "–",
-         "superseded": "–", "running": "▸", "queued": "…"}
+SIGNS = {"ok": "✓", "failed": "✗", "timeout": "✗", "running": "▸", "queued": "…"}
 BADGE_COLOURS = {"ok": "#23693b", "failed": "#ab2f27", "timeout": "#ab2f27"}
 Facts = dict[str, Any]  # an object of `status --json`
 
@@ -2665,14 +2593,14 @@ def item_html(facts: Facts, now: float, notes: Iterable[tuple[str, Any]],
               link: str = "", output: str = "") -> str:
     """Return a run, or with a link a target, with those notes whose value is known."""
     state = facts["state"] or ("running" if facts["running"] else "queued")
-    anchor = "" if link else f' id="run-{facts["run"]}"'
+    sign, anchor = SIGNS.get(state, "–"), "" if link else f' id="run-{facts["run"]}"'
     commit, subject = mark_up((facts["commit"] or "")[:7]), mark_up(facts["subject"] or "")
     known = [words.format(mark_up(value) if isinstance(value, str) else value)
              for words, value in notes if value not in (None, "")]
     text = html.escape("\n".join(map(escape, output.expandtabs().splitlines())))
     details = f"<details><summary>Output</summary><pre>{text}</pre></details>" if text else ""
     at = moment(facts["ended"] or facts["began"] or facts.get("queued"), now)
-    return (f'<li{anchor}><b class="{state}"><i aria-hidden="true">{SIGNS[state]}</i> {state}</b>'
+    return (f'<li{anchor}><b class="{state}"><i aria-hidden="true">{sign}</i> {state}</b>'
             f"<div>{link}<p><code>{commit}</code> {subject}</p>"
             f"<p class=soft>{' · '.join(known)}</p>{details}</div>{at}</li>")
 
@@ -2726,7 +2654,7 @@ PAGE = string.Template("""<!doctype html>
 body { font: 1rem/1.5 system-ui, sans-serif; background: var(--paper); color: var(--ink);
   max-width: 50rem; margin: auto; padding: 3rem 1.25rem; overflow-wrap: anywhere }
 h1 { font-size: 1.75rem }
-h2, ul { font-size: 1rem; margin: 3rem 0 .75rem }
+h2, ul { font-size: 1rem; margin: 2.5rem 0 .75rem }
 a { color: inherit; font-weight: 600; text-underline-offset: .25em }
 li { display: grid; grid-template-columns: 7rem 1fr auto; column-gap: 1rem; padding: .75rem 0;
   border-top: 1px solid #8884; scroll-margin-top: 5rem }
@@ -2787,8 +2715,8 @@ def metrics_text(snapshot: Snapshot) -> str:
         for place, value in values.items():
             labels = ",".join(f"{label}={json.dumps(said, ensure_ascii=False)}"
                               for label, said in zip(("repo", "branch", "state"), place))
-            line = f"hookd_{name}{{{labels}}} {value}\n".replace("{}", "")
-            text += "" if value is None else line
+            where = f"{{{labels}}}" if place else ""
+            text += "" if value is None else f"hookd_{name}{where} {value}\n"
     return text
 
 
@@ -2840,21 +2768,16 @@ def note_fault(known: dict[str, set[str]], what: str, done: str, fault: str) -> 
 
 
 class Messenger:
-    """Send reports in order, and write the page, in a thread each; call send, show and close.
+    """Send reports, then call `done(report.id)`, and `write()` the page: in a thread each."""
 
-    The threads call `done(report.id)` once a report was sent or given up, and `write()`.
-    """
-
-    def __init__(self, done: Callable[[int], None], write: Callable[[], None],
-                 delays: Sequence[float] = REPORT_DELAYS) -> None:
-        self.done, self.write, self.delays = done, write, delays
+    def __init__(self, done: Callable[[int], None], write: Callable[[], None]) -> None:
+        self.done, self.write = done, write
         self.reports: SimpleQueue[Optional[Report]] = SimpleQueue()
         self.changed, self.closing = threading.Event(), threading.Event()
         self.threads: dict[Callable[[], None], Optional[threading.Thread]] = {}
         self.faults: dict[str, set[str]] = {}
 
     def send(self, report: Report) -> None:
-        """Send a report after those that came before it."""
         self.reports.put(report)
         self.start(self.deliver)
 
@@ -2881,12 +2804,11 @@ class Messenger:
         for report in iter(self.reports.get, None):
             fault, again = "", True
             try:
-                for delay in (0.0, *self.delays):
+                for delay in REPORT_DELAYS:
                     if again:
                         time.sleep(delay)
                         fault, again = send_report(report)
-                what = f"a report on {report.repo} to {report.api}"
-                note_fault(self.faults, what, "sent", fault)
+                note_fault(self.faults, f"a report on {report.repo} to {report.api}", "sent", fault)
                 self.done(report.id)
             except Exception:
                 log.exception("a bug in hookd, in a report; please report this")
@@ -3152,7 +3074,6 @@ class Dispatcher:
         self.store.execute("UPDATE runs SET owed = ? WHERE id = ?", 3 if hook else 0, number)
         if hook:
             job = self.job(run, hook, f"run {number} was cut off; cleaning up: {run.push}")
-            job.settles = True
             yield Begin(job)
         elif os.path.exists(run_file(self.store.state, number, "switched")):
             yield Line(logging.ERROR, f"run {number}: the ini has no [{run.target.hook}] any more, "
@@ -3195,7 +3116,7 @@ class Dispatcher:
         if not self.store.value("SELECT 1 FROM runs WHERE id = ?", run.id):
             fault = f"run {run.id} {state}, but its database was removed: {run.push}"
             yield Line(logging.WARNING, fault)
-        elif event.job.settles:
+        elif run.owed:
             self.settled(run, event.outcome)
         elif state == "queued":
             yield from self.waits_again(event)
@@ -3467,12 +3388,9 @@ class Daemon:
 
     def is_over(self) -> bool:
         """Tell whether hookd is to stop and nothing runs that could be waited for."""
-        late = time.monotonic() - self.stop_at  # -inf where nobody wants a stop
-        if late > 3 * GRACE_SECONDS:
+        if time.monotonic() - self.stop_at > 3 * GRACE_SECONDS:  # a dead disk holds a thread
             return True
-        # A thread that waits for a dead file system never ends.
-        return self.stop_at != NEVER and all(job.through or (late > 0 and job.held_up())
-                                             for job in self.jobs.values())
+        return self.stop_at != NEVER and all(job.through for job in self.jobs.values())
 
     def turn(self) -> None:
         """Wait for the next thing to do, then do all there is."""
@@ -3607,19 +3525,7 @@ class Daemon:
             self.leave(Ended(job, Outcome("queued", 0, "no room for one more thread", 1.0), 0.0))
 
     def look_after(self) -> None:
-        """Note jobs that are held up; keep systemd's line and the page true."""
-        for job in list(self.jobs.values()):
-            why = job.held_up()
-            if why == job.complaint:
-                continue
-            job.complaint = why
-            if why:
-                log.warning("run %d is held up: %s: %s", job.run.id, why, job.run.push.place)
-            sql = "UPDATE runs SET note = ? WHERE id = ? AND state = 'running'"
-            with contextlib.suppress(sqlite3.Error, OSError, ConfigError), self.store.transaction():
-                self.store.execute(sql, why, job.run.id)
-        if any(job.doing for job in self.jobs.values()):
-            self.look_at = min(self.look_at, time.monotonic() + 1)
+        """Keep systemd's line true."""
         hooks, running = len(self.config.hooks), len(self.jobs)
         line = f"STATUS=listening on {self.where}, hooks: {hooks}, running: {running}"
         if line != self.status and self.server.listeners:
@@ -3768,14 +3674,11 @@ def read_ini(file: str) -> Ini:
     try:
         with open(file, encoding="utf-8-sig") as text:
             return Ini(name, base, text.read())
-    except UnicodeDecodeError:
-        fault = "is not UTF-8 text; save it as UTF-8"
-    except OSError as error:
-        fault = (f"cannot be read: {error}; `chgrp hookd` and `chmod 640` it, try it with sudo, "
-                 "or name another with -c FILE")
-    ini = Ini(name, base, "")
-    ini.problems.append(f"{file}: {fault}")
-    return ini
+    except (OSError, ValueError) as error:
+        ini = Ini(name, base, "")
+        ini.problems.append(f"{file}: cannot be read: {error}; it has to be UTF-8 text that hookd "
+                            "may read (chmod 640, chgrp hookd): try sudo, or -c with another")
+        return ini
 
 
 def make_secret(path: str) -> None:
@@ -3819,19 +3722,13 @@ def read_keyring(config: Config, make: bool = False) -> Keyring:
 
 
 def daemon_words(state: str) -> list[str]:
-    """Return what the hookd that serves this state noted: its name, pid and log; else nothing."""
+    """Return name, pid and log of the hookd that serves this state; nothing where none does."""
     with contextlib.suppress(OSError), open(os.path.join(state, "locks", DAEMON_LOCK)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return file.read().split()
     return []
-
-
-def daemon_pid(state: str) -> int:
-    """Return the pid of the hookd that serves this state, 0 where none does."""
-    words = daemon_words(state)
-    return int(words[1]) if words[1:] else 0
 
 
 def daemon_address(config: Config) -> str:
@@ -3841,16 +3738,12 @@ def daemon_address(config: Config) -> str:
     return config.listen
 
 
-def wake_daemon(state: str) -> bool:
-    """Have the daemon look at its queue; False where none is up."""
-    try:
+def wake_daemon(state: str) -> None:
+    """Have the daemon look at its queue, if one is up and not awake already."""
+    with contextlib.suppress(OSError):
         file = os.open(f"{state}/wake", os.O_WRONLY | os.O_NONBLOCK)
-    except OSError:  # ENXIO: nobody reads it
-        return False
-    with contextlib.suppress(BlockingIOError):  # full: it is awake
         os.write(file, b"\0")
-    os.close(file)
-    return True
+        os.close(file)
 
 
 def own_names() -> tuple[str, str]:
@@ -3884,16 +3777,15 @@ def show(data: bytes, hidden: Sequence[str]) -> None:
     text = redact(data.decode("utf-8", "surrogateescape"), hidden)
     if sys.stdout.isatty():
         text = "".join(c if c in "\n\t" else escape(c) for c in text)
-    sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
     sys.stdout.buffer.flush()
 
 
 def writable(path: str, root: str) -> str:
     """Return the fault and remedy of a directory that hookd cannot make or write, or ""."""
-    above = missing = path
+    above = path
     while not os.path.exists(root + above):
-        missing, above = above, os.path.dirname(above)
+        above = os.path.dirname(above)
     if os.access(root + above, os.W_OK | os.X_OK):
         return ""
     (user, group), home = own_names(), re.match("/home/[^/]+", path)
@@ -3906,7 +3798,7 @@ def writable(path: str, root: str) -> str:
     elif above == path:
         remedy = f"chown -R {user}: {path}"
     else:
-        remedy = f"install -d -o {user} -g {group} {missing}"
+        remedy = f"install -d -o {user} -g {group} {path}"
     return f"{user} cannot write {above}; as root: {remedy}"
 
 
@@ -4078,7 +3970,7 @@ class Command:
                     show(data, self.hidden)
             if not following or state not in MOVES:
                 break
-            if daemon_pid(self.state):
+            if daemon_words(self.state):
                 up_at = time.monotonic()
             elif time.monotonic() > up_at + GRACE_SECONDS:
                 print("hookd: hookd is not running; the run goes on when it starts",
@@ -4092,9 +3984,9 @@ class Command:
 
     def follow(self, number: int, push: Push) -> int:
         """Follow a run that a verb queued: print its output and its end; return its exit status."""
-        up = wake_daemon(self.state)
+        wake_daemon(self.state)
         print(f"queued run {number}: {push}", flush=True)
-        if not up:
+        if not daemon_words(self.state):
             print("hookd: hookd is not running; the run begins when it starts", file=sys.stderr)
             return 1
         return self.watch(number, True)
@@ -4119,8 +4011,8 @@ class Command:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SystemExit(f"hookd: {state} is held by hookd {daemon_pid(state)}; stop that one "
-                             "first") from None
+            holder = " ".join(daemon_words(state)[:2])
+            raise SystemExit(f"hookd: {state} is held by {holder}; stop that one first") from None
         os.ftruncate(lock, os.pwrite(lock, f"hookd {os.getpid()} log={config.log}\n".encode(), 0))
         open_log(config.log)
         with contextlib.suppress(OSError, AttributeError):  # another libc than glibc
@@ -4146,7 +4038,9 @@ class Command:
         for section, hook in self.config.hooks.items():
             for key, fault in self.faults(hook, root):
                 self.note(section, key, fault)
-            other = places.setdefault(hook.directory_pattern, section) if hook.releases else section
+            pattern = fill(hook.directory, hook.repo.lower(), hook.ref_pattern)
+            place = os.path.normpath(pattern) if hook.releases else section
+            other = places.setdefault(place, section)
             if other != section:
                 self.note(section, "directory", f"is that of [{other}] too; change one of them")
         for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
@@ -4155,25 +4049,20 @@ class Command:
             [hook.section, hook.event, hook.directory] for hook in self.config.hooks.values()))
         return 78 if ini.problems else 0
 
-    def note(self, section: str, key: str, fault: str) -> None:
-        if fault:
-            self.ini.problem(section, key, fault)
-
-    def check_daemon(self, root: str) -> None:
+    def check_daemon(self, words: Sequence[str], root: str) -> None:
         """Try what [hookd] names and who can read secrets; compare with the hookd that runs."""
-        ini, config, words = self.ini, self.config, daemon_words(self.state)
+        ini, config = self.ini, self.config
         restart = "differs from the running hookd's; systemctl restart hookd"
-        pid = "".join(words[1:2])
         read_keyring(config)
-        self.note("hookd", "tls_cert", fault_of(tls_context, config))
+        ini.problem("hookd", "tls_cert", fault_of(tls_context, config))
         if words[2:] not in ([], [f"log={config.log}"]):
-            self.note("hookd", "log", restart)
-        if os.environ.get("MAINPID", pid) != pid:
-            self.note("hookd", "state", restart)
+            ini.problem("hookd", "log", restart)
+        if "MAINPID" in os.environ and os.environ["MAINPID"] not in words:
+            ini.problem("hookd", "state", restart)
         elif not config.listen.startswith("unix:") and not (
-                pid and config.listen == daemon_address(config)):
-            self.note("hookd", "listen", fault_of(open_socket, config.listen))
-        self.note("hookd", "page", config.page and writable(config.page, root))
+                words and config.listen == daemon_address(config)):
+            ini.problem("hookd", "listen", fault_of(open_socket, config.listen))
+        ini.problem("hookd", "page", config.page and writable(config.page, root))
         for section, texts in config.levels.items():
             for key in texts.keys() & {*SECRETS, "report_token", "report_token_file"}:
                 path = os.path.join(ini.base, texts[key] if key.endswith("_file") else ini.name)
@@ -4299,7 +4188,7 @@ class Command:
         wake_daemon(self.state)
         sql = "SELECT state FROM runs WHERE id = ?"
         for row in rows:
-            while store.value(sql, row.id) == "running" and daemon_pid(self.state):
+            while store.value(sql, row.id) == "running" and daemon_words(self.state):
                 time.sleep(0.05)
             state = store.value(sql, row.id)
             print(f"run {row.id} {state}: {row.push}" if state != "running" else
@@ -4383,7 +4272,7 @@ class Command:
 
     def status(self) -> int:
         """each target: last run, when, by whom, what waits and why; with REPO BRANCH its runs"""
-        options, store, pid, rows = self.options, self.store, daemon_pid(self.state), self.targets()
+        options, store, rows, up = self.options, self.store, self.targets(), daemon_words(self.state)
         if options.branch:
             head = "RUN STATE CAUSE COMMIT BY SUBJECT QUEUED TOOK NOTE"
             found = [clean(facts, RUN_FACTS, self.hidden) for row in rows
@@ -4399,33 +4288,28 @@ class Command:
             for repo, ref, why in store.execute("SELECT repo, ref, why FROM pauses"):
                 place = f"{repo} {short_name(ref)}".strip() or "everything"
                 self.say(f"paused: {place}: {why}")
-            print(f"hookd is running, pid {pid}" if pid else "hookd is not running")
-        return 1 if not pid or any(row["state"] not in (None, "ok") for row in rows) else 0
+            print(f"hookd is running, pid {up[1]}" if up else "hookd is not running")
+        return 1 if not up or any(row["state"] not in (None, "ok") for row in rows) else 0
 
     def cells(self, facts: Facts) -> dict[str, Any]:
         """Return what the tables of `status` show of a target or a run, by column."""
-        now, took = time.time(), facts["duration"]
-        queued, ended = facts.get("queued"), facts["ended"]
+        now, took, doing, store = time.time(), facts["duration"], [], self.store
+        queued, ended, paused = facts.get("queued"), facts["ended"], facts.get("paused")
+        running, waiting = facts.get("running"), facts.get("waiting")
+        if running:
+            began = store.value("SELECT began FROM runs WHERE id = ?", running)
+            doing += [f"run {running} runs since {now - began:.0f} s", store.why(running)]
+        if waiting:
+            doing.append(f"run {waiting[0]} of {len(waiting)} waits: {store.why(waiting[0])}")
+        elif paused is not None:
+            doing.append(f"paused: {paused}")
         return {
             "TARGET": f"{facts.get('repo')} {facts.get('branch')}", "RUN": facts["run"],
             "STATE": facts["state"], "CAUSE": facts["cause"], "COMMIT": (facts["commit"] or "")[:7],
             "BY": facts["pusher"], "SUBJECT": facts["subject"], "NOTE": facts.get("note"),
             "QUEUED": queued and ago(queued, now), "ENDED": ended and ago(ended, now),
             "TOOK": None if took is None else f"{took:.1f}s",
-            "NOW": redact(self.doing(facts), self.hidden)}
-
-    def doing(self, target: Facts) -> str:
-        """Say what runs, what waits and why."""
-        words, running, waiting = [], target.get("running"), target.get("waiting")
-        if running:
-            began = self.store.value("SELECT began FROM runs WHERE id = ?", running)
-            words += [f"run {running} runs since {time.time() - began:.0f} s",
-                      self.store.why(running)]
-        if waiting:
-            words.append(f"run {waiting[0]} of {len(waiting)} waits: {self.store.why(waiting[0])}")
-        elif target.get("paused") is not None:
-            words.append(f"paused: {target['paused']}")
-        return ", ".join(filter(None, words))
+            "NOW": redact(", ".join(filter(None, doing)), self.hidden)}
 
     def log(self) -> int:
         """a run's output, by RUN or REPO BRANCH; the newest run's without"""
