@@ -4031,18 +4031,19 @@ class Command:
         """the ini and what it names: every problem, then a table of the hooks"""
         if self.options.branch:
             return self.explain()
-        ini, pid, places = self.ini, daemon_pid(self.state), {}  # type: Ini, int, dict[str, str]
-        root = f"/proc/{pid}/root"  # as the unit shows it
-        root = root if pid and os.access(f"{root}/", os.X_OK) else ""
-        self.check_daemon(root)
+        ini, words = self.ini, daemon_words(self.state)
+        root = f"/proc/{words[1]}/root" if words else ""  # as the unit shows it to hookd
+        root = root if os.access(f"{root}/", os.X_OK) else ""
+        self.check_daemon(words, root)
+        places: dict[str, str] = {}
         for section, hook in self.config.hooks.items():
             for key, fault in self.faults(hook, root):
-                self.note(section, key, fault)
+                ini.problem(section, key, fault)
             pattern = fill(hook.directory, hook.repo.lower(), hook.ref_pattern)
             place = os.path.normpath(pattern) if hook.releases else section
             other = places.setdefault(place, section)
             if other != section:
-                self.note(section, "directory", f"is that of [{other}] too; change one of them")
+                ini.problem(section, "directory", f"is that of [{other}] too; change one of them")
         for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
             self.say(line, sys.stderr)
         table(["HOOK", "EVENT", "DIRECTORY"], (
@@ -4272,7 +4273,8 @@ class Command:
 
     def status(self) -> int:
         """each target: last run, when, by whom, what waits and why; with REPO BRANCH its runs"""
-        options, store, rows, up = self.options, self.store, self.targets(), daemon_words(self.state)
+        options, store, rows = self.options, self.store, self.targets()
+        up = daemon_words(self.state)
         if options.branch:
             head = "RUN STATE CAUSE COMMIT BY SUBJECT QUEUED TOOK NOTE"
             found = [clean(facts, RUN_FACTS, self.hidden) for row in rows

@@ -7517,6 +7517,7 @@ class Deliveries(Brain):
                 ("a lower order", {"order": 5}, {"order": 4}, True),
                 ("an order of another event", {"order": 5, "event": "release"}, {"order": 4},
                  False),
+                ("no order behind one that has", {"order": 5}, {"before": first}, False),
                 ("no order, and it follows the newest", {}, {"before": first}, False),
                 ("no order, and it is where an older one began", {"before": second}, {}, True),
                 ("an equal order that follows", {"order": 5}, {"order": 5, "before": first}, False),
@@ -7533,11 +7534,16 @@ class Deliveries(Brain):
                 self.assertEqual("newer push already" in status, late, status)
 
     def test_a_repeated_body_is_taken_only_while_it_is_the_newest(self):
-        first, second = self.delivered("a"), self.delivered("a")
-        for event, late in ((first, False), (first, False), (second, False), (first, True),
-                            (second, False)):
-            text, = self.texts(self.turn(event, begins=False))
-            self.assertEqual("newer push already" in text, late, text)
+        taken = "SELECT count(*) FROM taken"
+        for branch, order in (("a", 0), ("b", 5)):
+            first, second = (self.delivered(branch, order=order) for _ in range(2))
+            for event, late in ((first, False), (first, False), (second, False), (first, True),
+                                (second, False)):
+                text, = self.texts(self.turn(event, begins=False))
+                self.assertEqual("newer push already" in text, late, text)
+            self.assertGreater(self.store.value(taken), 0)
+            self.turn(self.delivered(branch, order=6), begins=False)
+            self.assertEqual(self.store.value(taken), 0, "a higher order makes them late anyway")
 
     def test_a_deletion_cancels_what_waits_and_lifts_the_pauses_of_its_branch(self):
         self.turn(self.delivered("a"), self.delivered("a"), self.delivered("x"),
@@ -7586,6 +7592,21 @@ class Deliveries(Brain):
         self.assertEqual(list(self.states().values()).count("queued"), 4, "`every` keeps each")
         bad = hookd.Found(pattern, "octo/site", {"refs/heads/a..b": one, "HEAD": one})
         self.assertEqual(self.turn(bad, begins=False), [])
+
+    def test_catch_up_ends_nothing_that_runs(self):
+        self.read(hook("true", "main", git="/srv/origin"))
+        self.turn(self.delivered("main"))
+        hook_of = self.config.hooks["octo/site main"]
+        self.turn(hookd.Found(hook_of, "octo/site", {"refs/heads/main": sha("tip")}))
+        self.assertEqual(self.row(1, "state, wish"), ("running", ""))
+
+    def test_the_repositories_of_a_hook_are_its_own_or_those_that_pushed(self):
+        self.read(hook("true", "main"), hook("true", "*", repo="octo/*"))
+        own, all_of_octo = self.config.hooks.values()
+        self.assertEqual(self.store.repositories(own), ["octo/site"])
+        self.assertEqual(self.store.repositories(all_of_octo), [])
+        self.turn(self.delivered("x"), self.delivered("y"), self.delivered("x", repo="octo/app"))
+        self.assertEqual(sorted(self.store.repositories(all_of_octo)), ["octo/app", "octo/site"])
 
     def test_catch_up_knows_what_a_delivery_brought(self):
         self.read(hook("true", "main", git="/srv/origin"))
@@ -7746,6 +7767,16 @@ class WhatBegins(Brain):
         self.assertEqual(self.begun(self.turn()), [1])
         self.assertEqual(self.jobs[1].directory, "/srv/elsewhere")
 
+    def test_a_deletion_is_no_release(self):
+        self.read(hook("true", "main", git="/srv/origin", releases="2", on_delete="true"),
+                  hook("true", "plain"))
+        for branch, deleted, kind in (("main", False, hookd.ReleaseJob), ("main", True, hookd.Job),
+                                      ("plain", False, hookd.Job)):
+            self.turn(self.delivered(branch, deleted=deleted))
+            run, = self.jobs
+            self.assertIs(type(self.jobs[run]), kind)
+            self.turn(self.ended(run))
+
     def test_a_job_knows_what_its_run_needs(self):
         self.turn(self.delivered("a", subject="One"))
         self.assertEqual(self.jobs[1].payload, b"{}")
@@ -7838,8 +7869,11 @@ class Endings(Brain):
 
     def test_a_newer_push_does_not_wait_for_the_next_try_of_a_remote(self):
         self.turn(self.delivered("newest"))
-        self.turn(self.ended(1, "queued", note="git fetch: no", delay=60, unreachable=True))
-        self.assertEqual(self.begun(self.turn(self.delivered("newest"))), [2])
+        self.turn(self.delivered("newest"))  # a burst
+        self.turn(self.ended(1))
+        self.assertEqual(self.begun(self.later()), [2])
+        self.turn(self.ended(2, "queued", note="git fetch: no", delay=60, unreachable=True))
+        self.assertEqual(self.begun(self.turn(self.delivered("newest"))), [3])
 
     def test_catch_up_asks_again_where_a_run_saw_no_commit(self):
         self.read(hook("true", "main", git="/srv/origin"))
@@ -7936,6 +7970,12 @@ class Endings(Brain):
         self.assertEqual(self.row(1, "owed"), 2)
         self.assertEqual(self.begun(self.turn()), [1])
         self.assertTrue(self.jobs[1].run.owed)
+
+    def test_a_newer_push_takes_the_place_of_what_a_crash_cut_off(self):
+        self.turn(self.delivered("newest"), self.delivered("a"))
+        self.turn(self.delivered("newest"), self.delivered("a"))
+        self.start()
+        self.assertEqual(self.states(), {1: "superseded", 2: "queued", 3: "queued", 4: "queued"})
 
     def test_a_crash_lets_what_waited_for_a_lock_look_again(self):
         self.turn(self.delivered("b"))
@@ -8056,6 +8096,25 @@ class Outbox(Brain):
         self.assertEqual(len(self.reports(self.turn(self.ended(3)))), 1)
         effects = self.turn(self.delivered("main", commit="", deleted=True))
         self.assertEqual(self.reports([*effects, *self.turn(self.ended(4))]), [])
+
+    def test_what_fails_before_its_commit_is_known_is_shown_on_the_pushed_one(self):
+        self.begin_with(git="/srv/origin")
+        for state, shown in (("failed", ["failure"]), ("superseded", [])):
+            push = self.delivered("main")
+            self.turn(push)
+            reports = self.reports(self.turn(self.ended(max(self.jobs), state)))
+            self.assertEqual([report.body["state"] for report in reports], shown)
+            self.assertEqual([report.commit for report in reports],
+                             [push.decision.push.commit] * len(shown))
+            self.assertTrue(all(report.body["description"].endswith(" failed")
+                                for report in reports), reports)
+
+    def test_a_run_that_ends_for_a_newer_one_does_not_stay_pending(self):
+        self.begin_with(git="/srv/origin")
+        self.turn(self.delivered("main"))
+        self.turn(hookd.Named(self.jobs[1], sha("tip"), ""))
+        report, = self.reports(self.turn(self.ended(1, "superseded")))
+        self.assertEqual(report.body["state"], "error")
 
     def test_without_a_token_nothing_is_kept(self):
         self.begin_with()
