@@ -56,7 +56,7 @@ import threading
 import time
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
@@ -415,6 +415,11 @@ class Config:
     page_output: bool = key("no", yes_or_no)
     allow_from: tuple[Any, ...] = key("", form("networks like 10.0.0.0/8", convert=networks))
 
+    @cached_property
+    def secrets(self) -> tuple[str, ...]:
+        hooks = (*self.hooks.values(), self.common)
+        return tuple(dict.fromkeys(word for hook in hooks for word in hook.secret))
+
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         name = repo.lower()
@@ -633,11 +638,11 @@ def check_head(config: Config, request: BaseHTTPRequestHandler, length: int) -> 
            (not kind, 415, "Content-Type missing"))
 
 
-def authenticate(secrets: Iterable[bytes], signature: str, body: bytes) -> bytes:
+def authenticate(secrets: Iterable[str], signature: str, body: bytes) -> str:
     """Return the secret that signed the raw body; callers put the likeliest first."""
     # A stranger's 25 MB, hashed for each of many secrets, would cost seconds.
     for secret in list(secrets)[: HASHED_MAX // (len(body) + 1)]:
-        right = f"sha256={hmac.digest(secret, body, 'sha256').hex()}"
+        right = f"sha256={hmac.digest(secret.encode(), body, 'sha256').hex()}"
         if secret and hmac.compare_digest(right.encode(), signature.encode()):
             return secret
     raise Refusal(403, "signature does not match")
@@ -750,17 +755,7 @@ def passed_over(hook: Hook, push: Push, data: Any) -> str:
     return ""
 
 
-class Keyring(NamedTuple):
-    """Which secrets speak for what: of each hook, and of repositories that have none."""
-
-    hooks: Mapping[str, tuple[bytes, ...]]  # by section
-    common: tuple[bytes, ...]
-    every: tuple[bytes, ...]
-    tokens: Mapping[str, str] = {}  # for a hook's forge, by section
-
-
-def decide(config: Config, keyring: Keyring, headers: Mapping[str, str], body: bytes,
-           secret: bytes) -> Decision:
+def decide(config: Config, headers: Mapping[str, str], body: bytes, secret: str) -> Decision:
     """Judge a delivery signed with `secret`: what to answer, or for which hook to queue what."""
     payload, data = read_payload(body, content_type(headers) == FORM)
     event, repo = headers.get("x-github-event", ""), ""
@@ -769,8 +764,8 @@ def decide(config: Config, keyring: Keyring, headers: Mapping[str, str], body: b
     if event in SHAPES or pick(data, "repository") is not None:  # an organisation's ping has none
         repo = needed(REPOSITORY, text_of(data, "repository.full_name"), "repository")
     hooks = config.hooks_for(repo) if repo else list(config.hooks.values())
-    mine = [hook for hook in hooks if secret in keyring.hooks[hook.section]]
-    if repo and not (mine if hooks else secret in keyring.common):
+    mine = [hook for hook in hooks if secret in hook.secret]
+    if repo and not (mine if hooks else secret in config.common.secret):
         raise Refusal(403, "the secret is another repository's")
     if event == "ping":
         names = ", ".join(hook.pattern if repo else hook.section for hook in mine[:20])
@@ -2580,17 +2575,13 @@ def ago(at: float, now: float) -> str:
     return "1 second ago" if seconds == 1 else f"{seconds} seconds ago"
 
 
-def moment(at: Optional[float], now: float = 0.0) -> str:
-    """Return a <time> whose title is exact: how long before `now`, or without it the date."""
-    if at is None:
-        return ""
-    exact = time.strftime("%d %B %Y, %H:%M:%S %Z", time.localtime(at)).lstrip("0")
-    iso = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
-    return f'<time datetime="{iso}" title="{exact}">{ago(at, now) if now else exact}</time>'
+def moment(at: Optional[float]) -> str:
+    """Return a date, which stays true on a page that nobody rewrites, as "5 minutes ago" does not."""
+    return time.strftime("<time>%Y-%m-%d %H:%M</time>", time.localtime(at)) if at else ""
 
 
-def item_html(facts: Facts, now: float, notes: Iterable[tuple[str, Any]],
-              link: str = "", output: str = "") -> str:
+def item_html(facts: Facts, notes: Iterable[tuple[str, Any]], link: str = "", output: str = "",
+              ) -> str:
     """Return a run, or with a link a target, with those notes whose value is known."""
     state = facts["state"] or ("running" if facts["running"] else "queued")
     sign, anchor = SIGNS.get(state, "–"), "" if link else f' id="run-{facts["run"]}"'
@@ -2599,26 +2590,26 @@ def item_html(facts: Facts, now: float, notes: Iterable[tuple[str, Any]],
              for words, value in notes if value not in (None, "")]
     text = html.escape("\n".join(map(escape, output.expandtabs().splitlines())))
     details = f"<details><summary>Output</summary><pre>{text}</pre></details>" if text else ""
-    at = moment(facts["ended"] or facts["began"] or facts.get("queued"), now)
+    at = moment(facts["ended"] or facts["began"] or facts.get("queued"))
     return (f'<li{anchor}><b class="{state}"><i aria-hidden="true">{sign}</i> {state}</b>'
             f"<div>{link}<p><code>{commit}</code> {subject}</p>"
             f"<p class=soft>{' · '.join(known)}</p>{details}</div>{at}</li>")
 
 
-def target_html(target: Facts, runs: Sequence[Facts], snapshot: Snapshot) -> tuple[str, str]:
+def target_html(target: Facts, runs: Sequence[Facts], output: Mapping[int, str],
+                ) -> tuple[str, str]:
     """Return a target's line in the overview, with a link to its newest run, and its runs."""
-    now = snapshot.now if snapshot.up else 0.0  # nobody will rewrite "5 minutes ago"
     running, waiting = target["running"], target["waiting"]
     name = re.sub("^refs/(heads/)?", "", target["ref"])
     place = f"{mark_up(target['repo'])} {mark_up(name)}"
     link = f'<a href="#run-{max(target["run"] or 0, running or 0, *waiting)}">{place}</a>'
-    line = item_html(target, now, (
+    line = item_html(target, (
         ("run {} is running", running), ("{} waiting", len(waiting) or None),
         ("paused: {}", target["paused"])), link=link)
-    items = [item_html(run, now, (
+    items = [item_html(run, (
         ("run {}", run["run"]), ("{}", run["cause"] or run["event"]), ("by {}", run["pusher"]),
         ("took {:.0f} s", run["duration"]), ("exit {}", run["exit"] or None), ("{}", run["note"])),
-        output=snapshot.output.get(run["run"], "")) for run in runs]
+        output=output.get(run["run"], "")) for run in runs]
     return line, "\n".join([f"<h2>{place}</h2><ol>", *items, "</ol>"])
 
 
@@ -2633,9 +2624,10 @@ def page_html(snapshot: Snapshot) -> str:
         words, meaning = "hookd is stopped", "Nothing is deployed until it is started again."
     pairs = sorted(zip(snapshot.targets, snapshot.runs),
                    key=lambda pair: pair[0]["state"] in (None, "ok"))
-    parts = [target_html(target, runs, snapshot) for target, runs in pairs]
+    parts = [target_html(target, runs, snapshot.output) for target, runs in pairs]
     return PAGE.substitute(
-        sign=SIGNS[state], state=state, words=words, written=moment(snapshot.now), meaning=meaning,
+        sign=SIGNS[state], state=state, words=words, meaning=meaning,
+        written=moment(snapshot.now) + time.strftime(" %Z"),
         overview="\n".join(line for line, _ in parts), runs="\n".join(runs for _, runs in parts))
 
 
@@ -2914,7 +2906,6 @@ class Dispatcher:
 
     def __init__(self, config: Config, store: Store, tell: Callable[[Any], None]) -> None:
         self.config, self.store, self.tell = config, store, tell
-        self.tokens: Mapping[str, str] = {}  # by hook
         self.hidden: Sequence[str] = ()  # what the log shows as ***
         self.handed = 0  # the newest row of the outbox that was handed on
         self.steps: Mapping[type, Callable[[Any], Iterator[Effect]]] = {
@@ -3245,8 +3236,7 @@ class Dispatcher:
         """Return the commit status for one state of a run; None where its hook has no token."""
         for run in self.store.runs("WHERE r.id = ?", run_id):
             hook, push = self.hook(run), run.push
-            token = self.tokens.get(run.target.hook)
-            if not hook or not token or not push.commit:
+            if not hook or not hook.report_token or not push.commit:
                 break
             words = f"run {run.id} runs" if state == "pending" else f"run {run.id} {state}"
             note = f": {run.note}" if run.note and state != "pending" else ""
@@ -3255,7 +3245,8 @@ class Dispatcher:
                     "description": escape(words + note)[:140]}
             if hook.report_url:
                 body["target_url"] = fill(hook.report_url, push.repo, push.ref, run.id)
-            return Report(number, hook.report_api, token, push.repo, push.commit, body)
+            return Report(number, hook.report_api, hook.report_token, push.repo, push.commit,
+                          body)
         return None
 
 
@@ -3340,9 +3331,8 @@ def read_page(config: Config, up: bool) -> Snapshot:
 class Daemon:
     """Serve until told to stop; callers call `serve`, once. `load` reads the ini anew."""
 
-    def __init__(self, config: Config, keyring: Keyring,
-                 load: Callable[[], tuple[Config, Keyring]]) -> None:
-        self.config, self.keyring, self.load = config, keyring, load
+    def __init__(self, config: Config, load: Callable[[], Config]) -> None:
+        self.config, self.load = config, load
         self.store = Store(config.state, serves=True)
         self.dispatcher = Dispatcher(config, self.store, self.leave)
         self.jobs: dict[int, Job] = {}
@@ -3351,7 +3341,7 @@ class Daemon:
         self.look_at = 0.0  # when the queue is looked at next
         self.stop_at = NEVER  # when running jobs are ended
         self.complain_at = 0.0  # when a sick database is logged again
-        self.hints: dict[str, bytes] = {}  # which secret a GitHub webhook signed with last
+        self.hints: dict[str, str] = {}  # which secret a GitHub webhook signed with last
         self.noise, self.remotes = Noise(), Remotes(self.leave)
         self.messenger = Messenger(lambda report: self.leave(Reported(report)), self.write_page)
         self.up = True
@@ -3372,7 +3362,7 @@ class Daemon:
         signal.set_wakeup_fd(self.ear, warn_on_full_buffer=False)
         for effect in self.dispatcher.recover():
             self.carry_out(effect)
-        self.apply(self.config, self.keyring, passed_sockets())
+        self.apply(self.config, passed_sockets())
         self.remotes.plan(self.config, 0.0)
         log.info("listening on %s", self.where)
         notify("READY=1")
@@ -3449,12 +3439,12 @@ class Daemon:
     def decide(self, headers: Mapping[str, str], body: bytes) -> Decision:
         """Return what judgement makes of a request; raise Refusal for a signature of nobody."""
         webhook = headers.get("x-github-hook-id", "")[:20]
-        secrets = dict.fromkeys(filter(None, [self.hints.get(webhook), *self.keyring.every]))
+        secrets = dict.fromkeys(filter(None, [self.hints.get(webhook), *self.config.secrets]))
         secret = authenticate(secrets, headers["x-hub-signature-256"], body)
         if len(self.hints) < 1000:
             self.hints[webhook] = secret
         try:
-            return decide(self.config, self.keyring, headers, body, secret)
+            return decide(self.config, headers, body, secret)
         except Refusal as refusal:  # of a sender who is known
             return Decision(refusal.status, refusal.reason)
 
@@ -3540,14 +3530,13 @@ class Daemon:
 
     # ---- beginning, changing, ending
 
-    def apply(self, config: Config, keyring: Keyring,
-              passed: Mapping[str, list[socket.socket]]) -> None:
+    def apply(self, config: Config, passed: Mapping[str, list[socket.socket]]) -> None:
         """Make a configuration the one in force; raise OSError and change nothing."""
         tls = tls_context(config)
         listeners = self.listeners(config.listen, passed)
-        self.server.tls, self.config, self.keyring = tls, config, keyring
-        self.dispatcher.config, self.dispatcher.tokens = config, keyring.tokens
-        self.dispatcher.hidden = [*map(bytes.decode, keyring.every), *keyring.tokens.values()]
+        self.server.tls, self.config, self.dispatcher.config = tls, config, config
+        tokens = [hook.report_token for hook in config.hooks.values()]
+        self.dispatcher.hidden = [*config.secrets, *tokens]
         self.server.room = max(BODIES_MAX, config.max_body + HEAD_MAX)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         spare = files - SPARE_FILES - JOB_FILES * config.jobs
@@ -3599,12 +3588,12 @@ class Daemon:
     def reload(self) -> None:
         """Put the ini in force as it is now, or tell why not and keep the old one."""
         try:
-            config, keyring = self.load()
+            config = self.load()
             for key in ("state", "log"):
                 if getattr(config, key) != getattr(self.config, key):
                     fault = f"[hookd] {key}: changed; restart hookd for that"
                     raise ConfigError(f"{config.name}: {fault}")
-            self.apply(config, keyring, {})
+            self.apply(config, {})
             self.remotes.plan(config, NEVER)
             log.info("reloaded: listening on %s hooks=%d", self.where, len(config.hooks))
         except (ConfigError, OSError, SystemExit) as error:
@@ -3690,12 +3679,12 @@ def make_secret(path: str) -> None:
                 file.write(os.urandom(32).hex() + "\n")
 
 
-def read_keyring(config: Config, make: bool = False) -> Keyring:
-    """Return the secrets and tokens that an ini names; raise ConfigError or OSError.
+def read_secrets(config: Config, make: bool = False) -> Config:
+    """Return a config with all secrets and tokens that it names; raise ConfigError or OSError.
 
     With `make` the default secret is made; without it may be missing.
     """
-    default, problems, secrets, tokens = f"{config.state}/secret", [], {}, {}
+    default, problems, full = f"{config.state}/secret", [], {}
     for hook in (*config.hooks.values(), config.common):
         found = {"secret_file": [*hook.secret], "report_token_file": [*lines(hook.report_token)]}
         for key, words in found.items():
@@ -3713,12 +3702,11 @@ def read_keyring(config: Config, make: bool = False) -> Keyring:
                 level = config.level_of(hook, key) or "hookd"
                 problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); put it "
                                 "in a file that hookd may read")
-        secrets[hook.section] = tuple(word.encode() for word in found["secret_file"])
-        tokens[hook.section] = "".join(found["report_token_file"][:1])
+        full[hook.section] = replace(hook, secret=tuple(found["secret_file"]),
+                                     report_token="".join(found["report_token_file"][:1]))
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    every = tuple(dict.fromkeys(word for words in secrets.values() for word in words))
-    return Keyring(secrets, secrets["hookd"], every, tokens)
+    return replace(config, common=full.pop("hookd"), hooks=full)
 
 
 def daemon_words(state: str) -> list[str]:
@@ -3920,10 +3908,11 @@ class Command:
             raise self.no_hook()
         return hook, push
 
-    def secrets(self, hooks: Sequence[Hook], make: bool = False) -> tuple[bytes, ...]:
+    def secrets(self, hooks: Sequence[Hook], make: bool = False) -> tuple[str, ...]:
         """Return the secrets of the first hook; without one, those of the daemon."""
-        keyring = read_keyring(self.config, make)
-        found = keyring.hooks[hooks[0].section] if hooks else keyring.common or keyring.every
+        config = read_secrets(self.config, make)
+        hook = config.hooks[hooks[0].section] if hooks else config.common
+        found = hook.secret if hooks else hook.secret or config.secrets
         if not found:
             raise SystemExit("hookd: there is no secret yet; hookd makes it when it starts")
         return found
@@ -4006,7 +3995,7 @@ class Command:
             os.makedirs(os.path.join(state, folder), 0o700, exist_ok=True)
         with contextlib.suppress(PermissionError):
             os.chmod(state, 0o700)
-        keyring = read_keyring(config, make=True)
+        config = read_secrets(config, make=True)
         lock = private(os.path.join(state, "locks", DAEMON_LOCK), os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4021,11 +4010,7 @@ class Command:
             libc.malloc_trim(0)  # what compiling took
         file = os.path.abspath(self.options.file)
 
-        def load() -> tuple[Config, Keyring]:
-            config = read_ini(file).config(state)
-            return config, read_keyring(config, make=True)
-
-        return Daemon(config, keyring, load).serve()
+        return Daemon(config, lambda: read_secrets(read_ini(file).config(state), True)).serve()
 
     def check(self) -> int:
         """the ini and what it names: every problem, then a table of the hooks"""
@@ -4054,7 +4039,7 @@ class Command:
         """Try what [hookd] names and who can read secrets; compare with the hookd that runs."""
         ini, config = self.ini, self.config
         restart = "differs from the running hookd's; systemctl restart hookd"
-        read_keyring(config)
+        read_secrets(config)
         ini.problem("hookd", "tls_cert", fault_of(tls_context, config))
         if words[2:] not in ([], [f"log={config.log}"]):
             ini.problem("hookd", "log", restart)
@@ -4235,7 +4220,7 @@ class Command:
         commit = "" if deleted else options.commit or os.urandom(20).hex()
         hooks = [hook] if hook else self.config.hooks_for(push.repo)
         body = push_json(push._replace(commit=commit, deleted=deleted))
-        digest = hmac.digest(self.secrets(hooks)[0], body, "sha256").hex()
+        digest = hmac.digest(self.secrets(hooks)[0].encode(), body, "sha256").hex()
         status, text = self.post(body, {
             "Content-Type": JSON, "X-GitHub-Delivery": delivery, "X-GitHub-Event": push.event,
             "X-Hub-Signature-256": f"sha256={digest}",
@@ -4328,7 +4313,7 @@ class Command:
         hooks = self.config.hooks_for(repo) if repo else []
         if repo and not hooks:
             raise self.no_hook()
-        print("\n".join(secret.decode() for secret in self.secrets(hooks, make=True)))
+        print("\n".join(self.secrets(hooks, make=True)))
         return 0
 
 
