@@ -2576,12 +2576,11 @@ def ago(at: float, now: float) -> str:
 
 
 def moment(at: Optional[float]) -> str:
-    """Return a date, which stays true on a page that nobody rewrites, as "5 minutes ago" does not."""
+    """Return a date: unlike "5 minutes ago", it stays true when nobody rewrites the page."""
     return time.strftime("<time>%Y-%m-%d %H:%M</time>", time.localtime(at)) if at else ""
 
 
-def item_html(facts: Facts, notes: Iterable[tuple[str, Any]], link: str = "", output: str = "",
-              ) -> str:
+def item_html(facts: Facts, link: str, output: str, *notes: tuple[str, Any]) -> str:
     """Return a run, or with a link a target, with those notes whose value is known."""
     state = facts["state"] or ("running" if facts["running"] else "queued")
     sign, anchor = SIGNS.get(state, "–"), "" if link else f' id="run-{facts["run"]}"'
@@ -2596,20 +2595,19 @@ def item_html(facts: Facts, notes: Iterable[tuple[str, Any]], link: str = "", ou
             f"<p class=soft>{' · '.join(known)}</p>{details}</div>{at}</li>")
 
 
-def target_html(target: Facts, runs: Sequence[Facts], output: Mapping[int, str],
-                ) -> tuple[str, str]:
+def target_html(target: Facts, runs: Sequence[Facts], shown: Snapshot) -> tuple[str, str]:
     """Return a target's line in the overview, with a link to its newest run, and its runs."""
     running, waiting = target["running"], target["waiting"]
     name = re.sub("^refs/(heads/)?", "", target["ref"])
     place = f"{mark_up(target['repo'])} {mark_up(name)}"
     link = f'<a href="#run-{max(target["run"] or 0, running or 0, *waiting)}">{place}</a>'
-    line = item_html(target, (
-        ("run {} is running", running), ("{} waiting", len(waiting) or None),
-        ("paused: {}", target["paused"])), link=link)
-    items = [item_html(run, (
-        ("run {}", run["run"]), ("{}", run["cause"] or run["event"]), ("by {}", run["pusher"]),
-        ("took {:.0f} s", run["duration"]), ("exit {}", run["exit"] or None), ("{}", run["note"])),
-        output=output.get(run["run"], "")) for run in runs]
+    line = item_html(target, link, "", ("run {} is running", running),
+                     ("{} waiting", len(waiting) or None), ("paused: {}", target["paused"]))
+    items = [item_html(
+        run, "", shown.output.get(run["run"], ""), ("run {}", run["run"]),
+        ("{}", run["cause"] or run["event"]), ("by {}", run["pusher"]),
+        ("took {:.0f} s", run["duration"]), ("exit {}", run["exit"] or None), ("{}", run["note"]))
+        for run in runs]
     return line, "\n".join([f"<h2>{place}</h2><ol>", *items, "</ol>"])
 
 
@@ -2624,7 +2622,7 @@ def page_html(snapshot: Snapshot) -> str:
         words, meaning = "hookd is stopped", "Nothing is deployed until it is started again."
     pairs = sorted(zip(snapshot.targets, snapshot.runs),
                    key=lambda pair: pair[0]["state"] in (None, "ok"))
-    parts = [target_html(target, runs, snapshot.output) for target, runs in pairs]
+    parts = [target_html(target, runs, snapshot) for target, runs in pairs]
     return PAGE.substitute(
         sign=SIGNS[state], state=state, words=words, meaning=meaning,
         written=moment(snapshot.now) + time.strftime(" %Z"),
