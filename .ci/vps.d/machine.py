@@ -1,12 +1,10 @@
 """A Debian server in a container: its tree, its boot, and commands inside it.
 
 The tree is built once with debootstrap and kept; every boot puts an overlay on top of it, in a
-mount namespace of its own, so that nothing has to be unmounted afterwards.  systemd-nspawn starts
-systemd as the first process.  The container's network is its own and has a loopback only; the
-driver moves into that network (`Machine.enter_network`) and is then a client like any other.
+mount namespace of its own, so that nothing has to be unmounted afterwards. systemd-nspawn starts
+systemd as the first process. The network is the container's own, with loopback only; the driver
+moves into it (`Machine.enter_network`) and is then a client like any other.
 """
-
-from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -18,9 +16,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable
 
 KEPT = Path(os.environ.get("HOOKD_VPS", "/var/tmp/hookd-vps"))
 BASE = "systemd systemd-sysv dbus ca-certificates"
@@ -31,7 +27,6 @@ PACKAGES = {"bookworm": NEEDED + """ nginx-light caddy rsyslog polkitd libnss-sy
             "bullseye": NEEDED, "trixie": NEEDED}
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RECIPE = "4"  # change it when the way the tree is built changes
-POLICY = "#!/bin/sh\nexit 101\n"  # no daemon is started while packages are installed
 UNIFIED = "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"  # cgroups as on a Debian of its own
 CGROUPS = Path("/sys/fs/cgroup")
 CLONE_NEWNET = 0x40000000
@@ -41,11 +36,11 @@ class CannotBootError(Exception):
     """This machine cannot have the container; the reason is one line."""
 
 
-# --- the tree ------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- The tree
 
 
 @contextlib.contextmanager
-def locked(name: str) -> Iterator[None]:
+def locked(name):
     """Keep a second `.ci/vps`, or a second one that builds this tree, waiting until we are done."""
     KEPT.mkdir(parents=True, exist_ok=True)
     with open(KEPT / f"{name}.lock", "w", encoding="ascii") as lock:
@@ -53,22 +48,7 @@ def locked(name: str) -> Iterator[None]:
         yield
 
 
-def require_debian() -> None:
-    """Raise CannotBootError unless this is root on something like Debian."""
-    if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise CannotBootError("not root on Debian")
-
-
-def install_tools() -> None:
-    """Install debootstrap and systemd-nspawn where they are missing."""
-    wanted = {"debootstrap": "debootstrap", "systemd-nspawn": "systemd-container"}
-    missing = [package for tool, package in wanted.items() if not shutil.which(tool)]
-    if missing:
-        logged(["apt-get", "update", "-qq"], 120)
-        logged(["apt-get", "install", "-qq", "-y", "--no-install-recommends", *missing], 300)
-
-
-def tree(suite: str) -> Path:
+def tree(suite):
     """Return the directory of a suite's tree, built now if it is missing or outdated."""
     recipe = " ".join([RECIPE, *BASE.split(), *PACKAGES[suite].split()])
     place = KEPT / f"{suite}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
@@ -76,30 +56,32 @@ def tree(suite: str) -> Path:
         if not place.is_dir():
             for old in KEPT.glob(f"{suite}-*"):
                 shutil.rmtree(old, ignore_errors=True)
-            install_tools()
             build_tree(suite, place.with_suffix(".new"))
             place.with_suffix(".new").rename(place)
     return place
 
 
-def build_tree(suite: str, root: Path) -> None:
+def build_tree(suite, root):
     """Make a minimal Debian in `root`, then install the rest of the packages inside it."""
+    install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends"]
+    if not (shutil.which("debootstrap") and shutil.which("systemd-nspawn")):
+        logged(["apt-get", "update", "-qq"], 120)
+        logged([*install, "debootstrap", "systemd-container"], 300)
     include = "--include=" + ",".join(BASE.split())
-    logged(["debootstrap", "--variant=minbase", include, suite, str(root)], 400)
-    policy = root / "usr/sbin/policy-rc.d"
-    policy.write_text(POLICY, encoding="ascii")
+    logged(["debootstrap", "--variant=minbase", include, suite, root], 400)
+    policy = root / "usr/sbin/policy-rc.d"  # no daemon is started while packages are installed
+    policy.write_text("#!/bin/sh\nexit 101\n", encoding="ascii")
     policy.chmod(0o755)
     (root / "etc/dpkg/dpkg.cfg.d/unsafe").write_text("force-unsafe-io\n", encoding="ascii")
-    install = ["apt-get", "install", "-qq", "-y", "--no-install-recommends"]
-    logged(["chroot", str(root), *install, *PACKAGES[suite].split()], 400)
-    logged(["chroot", str(root), "apt-get", "clean"], 30)
+    logged(["chroot", root, *install, *PACKAGES[suite].split()], 400)
+    logged(["chroot", root, "apt-get", "clean"], 30)
     policy.unlink()
     for service in ("nginx", "caddy"):  # a check starts the one it is about
         if service in PACKAGES[suite]:
-            logged(["chroot", str(root), "systemctl", "disable", service], 30)
+            logged(["chroot", root, "systemctl", "disable", service], 30)
 
 
-def logged(command: list[str], timeout: float) -> None:
+def logged(command, timeout):
     """Run a command with its output in the build log; a failure is CannotBootError."""
     environment = {**os.environ, "PATH": PATH, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     with open(KEPT / "build.log", "ab") as log:
@@ -110,38 +92,33 @@ def logged(command: list[str], timeout: float) -> None:
             raise CannotBootError(f"{error}; see {KEPT}/build.log") from None
 
 
-# --- the running server --------------------------------------------------------------------------
+# ---------------------------------------------------------------- The running server
 
 
-class FailedError(Exception):
-    """A check did not find what it expected."""
+def expect(true, otherwise):
+    """Fail with what was found instead, unless `true`."""
+    if not true:
+        raise AssertionError(otherwise)
 
 
-def wait_until(what: str, condition: Callable[[], object], seconds: float = 20) -> object:
-    """Return the condition's first true value; FailedError names `what` after the deadline."""
-    deadline, pause = time.monotonic() + seconds, 0.02
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise FailedError(f"after {seconds:g} s still not: {what}")
-        time.sleep(pause)
-        pause = min(pause * 1.5, 0.3)  # asking hookd costs a process each time
+def wait_until(what, condition, seconds=20.0):
+    """Wait until the condition is true, and fail with `what` after the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        expect(time.monotonic() < deadline, f"after {seconds:g} s still not: {what}")
+        time.sleep(0.1)  # asking hookd costs a process each time
 
 
 class Machine:
     """One server: boot() it, run() commands in it, stop() it."""
 
-    def __init__(self, base: Path) -> None:
-        self.place = KEPT / f"run-{os.getpid()}"
-        self.base = base
-        self.leader = 0
-        self.nspawn: subprocess.Popen[bytes] | None = None
+    def __init__(self, base):
+        self.place, self.base = KEPT / f"run-{os.getpid()}", base
+        self.leader, self.nspawn = 0, None
         for name in ("upper", "work", "root"):
             (self.place / name).mkdir(parents=True, exist_ok=True)
 
-    def boot(self) -> None:
+    def boot(self):
         """Start systemd on the overlay and wait until it says that it runs."""
         place = self.place
         overlay = f"lowerdir={self.base},upperdir={place}/upper,workdir={place}/work"
@@ -158,13 +135,13 @@ class Machine:
         try:
             wait_until("the container started", self.find_leader, 30)
             wait_until("systemd runs", self.is_up, 60)
-        except FailedError as failure:
+        except AssertionError as failure:
             self.stop()
             console_text = (place / "console").read_text(encoding="utf-8", errors="replace")
             raise CannotBootError(f"{failure}; {' '.join(console_text.split())[-300:]}") from None
         self.enter_network()
 
-    def cgroups(self) -> list[Path]:
+    def cgroups(self):
         """Make and return control groups of this server's own, apart from another container's."""
         made = []
         for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
@@ -176,35 +153,31 @@ class Machine:
                 made[-1].mkdir(exist_ok=True)
         return made
 
-    def find_leader(self) -> bool:
+    def find_leader(self):
         """Note the container's first process: nspawn's child that is process 1 inside."""
-        assert self.nspawn
-        if self.nspawn.poll() is not None:
-            raise FailedError(f"systemd-nspawn ended with {self.nspawn.returncode}")
+        ended = self.nspawn.poll()
+        expect(ended is None, f"systemd-nspawn ended with {ended}")
         task = Path(f"/proc/{self.nspawn.pid}/task/{self.nspawn.pid}")
         for child in (task / "children").read_text(encoding="ascii").split():
-            try:
+            with contextlib.suppress(OSError):  # nspawn's helper, gone meanwhile
                 status = Path(f"/proc/{child}/status").read_text(encoding="ascii")
-            except OSError:
-                continue  # nspawn's helper, gone meanwhile
-            if re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):
-                self.leader = int(child)
+                if re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):
+                    self.leader = int(child)
         return self.leader > 0
 
-    def is_up(self) -> bool:
+    def is_up(self):
         asked = self.run("systemctl is-system-running", check=False, timeout=10)
         return asked.stdout.strip() in ("running", "degraded")
 
-    def enter_network(self) -> None:
+    def enter_network(self):
         """Move this thread, and the threads it starts, into the server's network."""
         libc = ctypes.CDLL(None, use_errno=True)
         with open(f"/proc/{self.leader}/ns/net", "rb") as namespace:
             if libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
                 raise CannotBootError(f"setns: {os.strerror(ctypes.get_errno())}")
 
-    def run(self, script: str, user: str = "root", check: bool = True, timeout: float = 60,
-            stdin: str = "") -> subprocess.CompletedProcess[str]:
-        """Run a shell script in the server; FailedError has its output unless it ends with 0."""
+    def run(self, script, user="root", check=True, timeout=60, stdin=""):
+        """Run a shell script in the server; fail with its output unless it ends with 0."""
         home = "/root" if user == "root" else f"/home/{user}"
         inside = ["runuser", "-u", user, "--"] if user != "root" else []
         command = ["nsenter", "-t", str(self.leader), "-a", "env", "-i", f"PATH={PATH}",
@@ -213,26 +186,29 @@ class Machine:
             done = subprocess.run(command, input=stdin, timeout=timeout, text=True, check=False,
                                   errors="replace", capture_output=True)
         except subprocess.TimeoutExpired:
-            raise FailedError(f"`{script}` took more than {timeout:g} s") from None
-        if check and done.returncode != 0:
-            printed = done.stdout + done.stderr
-            raise FailedError(f"`{script}` ended with {done.returncode}:\n{printed}")
+            raise AssertionError(f"`{script}` took more than {timeout:g} s") from None
+        expect(done.returncode == 0 or not check,
+               f"`{script}` ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done
 
-    def out(self, script: str, user: str = "root", timeout: float = 60) -> str:
-        return self.run(script, user, timeout=timeout).stdout.rstrip("\n")
+    def out(self, script, user="root", check=True, timeout=60):
+        return self.run(script, user, check, timeout).stdout.rstrip("\n")
 
-    def write(self, path: str, text: str, mode: int = 0o644, owner: str = "root") -> None:
+    def fails(self, script, user="root"):
+        """Say whether a script ends with another status than 0."""
+        return self.run(script, user, check=False).returncode != 0
+
+    def write(self, path, text, mode=0o644, owner="root"):
         """Write a file of the server, its directory made if missing."""
         self.run(f'mkdir -p "$(dirname {path})" && cat >{path} && chmod {mode:o} {path} '
                  f"&& chown {owner}: {path}", stdin=text)
 
-    def read(self, path: str) -> str:
-        return self.run(f"cat {path}").stdout
+    def read(self, path):
+        """Return the text of a file of the server, empty where there is none."""
+        return self.run(f"cat {path}", check=False).stdout
 
-    def cut_power(self) -> None:
+    def cut_power(self):
         """End every process of the server at once, as when the plug is pulled."""
-        assert self.nspawn
         if self.leader:
             os.kill(self.leader, signal.SIGKILL)
         else:
@@ -240,7 +216,7 @@ class Machine:
         self.nspawn.wait(30)
         self.leader = 0
 
-    def stop(self) -> None:
+    def stop(self):
         """Throw the server away, with all that it left on this machine."""
         if self.nspawn and self.nspawn.poll() is None:
             self.cut_power()

@@ -1,16 +1,20 @@
-"""The server of the checks: a Machine with its people, its names, and hookd on it."""
+"""The server of a scene: a Machine with its people, its names and hookd, and GitHub outside."""
 
+import dataclasses
 import json
 import re
-import textwrap
+import socket
+import ssl
+import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable
 
-from github import ZERO, Answer, GitHub, push
-from machine import FailedError, Machine, wait_until
+from harness import ZERO, Answer, push_of, read_answer, request, sha
+from machine import Machine, expect, wait_until
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+FILES = ("hookd.py", "hookd.ini", "hookd.service")
+INI = "/opt/hookd/hookd.ini"
 VISITOR = "203.0.113.77"
 ADDRESSES = f"ip address add 203.0.113.10/32 dev lo; ip address add {VISITOR}/32 dev lo"
 
@@ -47,66 +51,115 @@ esac
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class GitHub:
+    """A webhook as set up on GitHub's page, or a visitor of a site."""
+
+    secret: str = ""
+    address: tuple = ("127.0.0.1", 9000)
+    path: str = "/"
+    host: str = "server.example.com"
+    source: str = ""
+    tls: ssl.SSLContext = None
+
+    def send(self, payload=b"", **more):
+        """Send one request on a connection of its own; return the answer."""
+        data = request(payload, self.secret, path=self.path, Host=self.host, **more)
+        source = (self.source, 0) if self.source else None
+        with socket.create_connection(self.address, 30, source) as connected:
+            if self.tls:
+                connected = self.tls.wrap_socket(connected, server_hostname=self.host)
+            with connected, connected.makefile("rb") as stream:
+                connected.sendall(data)
+                return read_answer(stream)
+
+    def get(self, path="/", **headers):
+        return dataclasses.replace(self, path=path).send(method="GET", **headers)
+
+    def push(self, target, commit, before=ZERO, **fields):
+        """Send the push of a commit to `octo/site main`."""
+        repo, branch = target.split()
+        return self.send(push_of(branch, commit, repo, before=before, created=before == ZERO,
+                                 **fields))
+
+
+def get(host, port=80):
+    """Return what a visitor of a site sees, nothing where nobody answers."""
+    try:
+        return GitHub(address=("127.0.0.1", port), host=host).get()
+    except OSError:
+        return Answer(0)
+
+
+def accepted(answer):
+    """Return the answer if it is 202, else fail with it."""
+    expect(answer.status == 202, f"not 202: {answer}")
+    return answer
+
+
 class Server(Machine):
     """A Debian server that a person rents, with hookd installed by install()."""
 
-    def prepare(self) -> None:
+    def prepare(self):
         """Boot, and make the laptop's user, the git host's user, and the names."""
         self.boot()
         self.run(PEOPLE)
         self.write("/usr/local/bin/git-serve", SERVE, 0o755)
-        for name in ("hookd.py", "hookd.ini", "hookd.service"):  # as with umask 077
+        for name in FILES:  # as with umask 077
             text = (REPOSITORY / name).read_text(encoding="utf-8")
             self.write(f"/home/laptop/hookd/{name}", text, 0o600, "laptop")
 
-    def reboot(self) -> None:
-        """Boot again after cut_power; the addresses of the interface have to be given again."""
+    def reboot(self):
+        """Cut the power and boot; the addresses of the interface have to be given again."""
+        self.cut_power()
         self.boot()
         self.run(ADDRESSES)
 
-    def install(self, ini: str = "", places: str = "") -> None:
+    def install(self, ini="", places=""):
+        """Type README's block, and make places; `hook` is then the webhook."""
         if ini:
             self.write("/home/laptop/hookd/hookd.ini", ini)
         self.run(f"set -e; cd /home/laptop/hookd\n{block('install')}")
         if places:
             self.run(f"install -d -o hookd -g hookd {places} && systemctl restart hookd")
+        self.hook = self.webhook()
 
-    def type_on_laptop(self, script: str) -> str:
+    def type_on_laptop(self, script):
         """Type a block of the README on the laptop, in the folder with the three files."""
         return self.out(f"cd /home/laptop/hookd && exec sh -ex <<'BLOCK'\n{script}\nBLOCK",
-                        "laptop", timeout=60)
+                        "laptop")
 
-    def type_on_server(self, script: str, user: str = "root", stop: bool = True) -> str:
+    def type_on_server(self, script, user="root", stop=True):
         """Type a block of the README on the server, as root over ssh or after `sudo -s`."""
         shell = "sh -s" if user == "root" else "sudo -s"
-        done = self.run(f"exec ssh {user}@server.example.com '{shell} 2>&1'", "laptop", check=False,
-                        stdin=("set -e\n" if stop else "") + script)
-        if done.returncode != 0:
-            raise FailedError(f"typed on the server, ended with {done.returncode}:\n{script}\n"
-                              f"it printed:\n{done.stdout}{done.stderr}")
-        return done.stdout
+        return self.run(f"exec ssh {user}@server.example.com '{shell} 2>&1'", "laptop",
+                        stdin=("set -e\n" if stop else "") + script).stdout
 
-    def drop_in(self, text: str, restart: bool = True) -> None:
+    def drop_in(self, text):
         """Change the unit as `systemctl edit hookd` does."""
         self.write("/etc/systemd/system/hookd.service.d/override.conf", f"[Service]\n{text}\n")
-        self.run("systemctl daemon-reload" + " && systemctl restart hookd" * restart)
+        self.run("systemctl daemon-reload && systemctl restart hookd")
 
-    # --- hookd on it
+    # hookd on it
 
-    def hookd(self, arguments: str, check: bool = True, timeout: float = 60) -> str:
-        """Run a verb of hookd.py as root; return what it prints."""
-        script = f"python3 /opt/hookd/hookd.py {arguments} 2>&1"
-        return self.run(script, check=check, timeout=timeout).stdout
+    def verb(self, arguments, code=0, says=(), user="root"):
+        """Run a verb of hookd.py; check its exit status and its words; return what it printed."""
+        done = self.run(f"python3 /opt/hookd/hookd.py {arguments} 2>&1", user, check=False)
+        wrong = [word for word in says if word.lower() not in done.stdout.lower()]
+        expect(done.returncode == code and not wrong and "Traceback" not in done.stdout,
+               f"`{arguments}` as {user}: exit {done.returncode} (not {code}), without {wrong}:\n"
+               f"{done.stdout}")
+        return done.stdout
 
-    def configure(self, ini: str, restart: bool = False) -> None:
+    def configure(self, ini, restart=False):
         """Replace the ini and let hookd read it."""
-        self.write("/opt/hookd/hookd.ini", ini)
+        self.write(INI, ini)
         before = len(self.log_lines("reloaded"))
         self.run("systemctl restart hookd" if restart else "systemctl reload hookd")
         if not restart:  # systemctl ends when the signal is sent
             self.wait_for_log("reloaded", times=before + 1)
 
-    def fill_disk(self, first: bool = False) -> None:
+    def fill_disk(self, first=False):
         """Put the state, or the `first` start without any, on a disk of 8 MB, and fill it."""
         change = "rm -r /tmp/state/*" if first else "true"
         verb = "stop" if first else "start"
@@ -115,186 +168,168 @@ class Server(Machine):
                  f"systemctl {verb} hookd; ! cat /dev/zero >hookd/zero")
         self.run("systemctl start hookd", check=False)
 
-    def webhook(self, **settings: Any) -> GitHub:
+    def webhook(self, **settings):
         return GitHub(self.read("/var/lib/hookd/secret").strip(), **settings)
 
-    def main_pid(self) -> int:
+    def push(self, target, word, before=ZERO):
+        """Deliver the push of a made-up commit, which must be taken; return the commit."""
+        accepted(self.hook.push(target, sha(word), before))
+        return sha(word)
+
+    def deploy(self, target, word, state="ok"):
+        """Push, and wait until the run has ended so; return the commit."""
+        commit = self.push(target, word)
+        self.wait_for_state(target, commit, state)
+        return commit
+
+    def main_pid(self):
         return int(self.shows("MainPID") or 0)
 
-    def shows(self, name: str) -> str:
-        return self.out(f"systemctl show -P {name} hookd")
+    def wait_for_another_process(self, before, seconds=20):
+        """Wait until hookd runs in another process than before."""
+        wait_until("a new process", lambda: self.main_pid() not in (0, before)
+                   and self.shows("ActiveState") == "active", seconds)
 
-    def log_lines(self, *words: str) -> list[str]:
+    def shows(self, name, unit="hookd"):
+        return self.out(f"systemctl show -P {name} {unit}")
+
+    def log_lines(self, *words):
         """Return hookd's lines that have all these words, whatever their case."""
         lines = self.out("journalctl --sync; journalctl -q -t hookd -o cat").splitlines()
         return [line for line in lines if all(w.lower() in line.lower() for w in words)]
 
-    def wait_for_log(self, *words: str, seconds: float = 20, times: int = 1) -> str:
+    def wait_for_log(self, *words, times=1):
         """Return the newest line with these words once there are so many of them."""
         what = f"{times} line(s) in hookd's log with {' and '.join(words)}"
-        wait_until(what, lambda: len(self.log_lines(*words)) >= times, seconds)
+        wait_until(what, lambda: len(self.log_lines(*words)) >= times)
         return self.log_lines(*words)[-1]
 
-    def status(self) -> list[dict[str, Any]]:
+    def status(self):
         """Return what `status --json` says; asked often, so hookd.py is compiled only once."""
-        python = "PYTHONPYCACHEPREFIX=/tmp/pyc runuser -u hookd -- python3 -m hookd -c hookd.ini"
-        text = self.run(f"cd /opt/hookd && {python} status --json", check=False).stdout
-        try:
-            told: list[dict[str, Any]] = json.loads(text)
-        except ValueError:
-            raise FailedError(f"status --json printed:\n{text}") from None
-        return told
+        return json.loads(self.out(
+            "cd /opt/hookd && PYTHONPYCACHEPREFIX=/tmp/pyc runuser -u hookd -- python3 -m hookd"
+            " -c hookd.ini status --json", check=False))
 
-    def target(self, repo: str, branch: str) -> dict[str, Any]:
+    def target(self, target):
         """Return one target of `status --json`, empty where there is none."""
-        for one in self.status():
-            if one["repo"].lower() == repo.lower() and one["branch"] == branch:
-                return one
-        return {}
+        found = [one for one in self.status() if f"{one['repo']} {one['branch']}" == target]
+        return found[0] if found else {}
 
-    def wait_for_state(self, repo: str, branch: str, commit: str = "", state: str = "ok",
-                       seconds: float = 30) -> dict[str, Any]:
+    def rests(self, target):
+        """Return a target when nothing of it runs or waits."""
+        one = self.target(target)
+        return one and not one["running"] and not one["waiting"] and one
+
+    def wait_for_state(self, target, commit="", state="ok", seconds=60):
         """Return the target once its last run ended so (for this commit) and nothing waits."""
-
-        def reached() -> bool:
-            one = self.target(repo, branch)
-            done = bool(one) and one["state"] == state and not one["running"]
-            return done and not one["waiting"] and (not commit or one["commit"] == commit)
-
-        wait_until(f"{repo} {branch} is {state} {commit[:7]}", reached, seconds)
-        return self.target(repo, branch)
+        def reached():
+            one = self.rests(target)
+            return one and one["state"] == state and (not commit or one["commit"] == commit)
+        wait_until(f"{target} is {state} {commit[:7]}", reached, seconds)
+        return self.target(target)
 
 
 class Repository:
     """A repository on the git host, and the desk of the person who works in it."""
 
-    def __init__(self, server: Server, name: str) -> None:
+    def __init__(self, server, name):
         self.server, self.name = server, name
         self.bare, self.desk = f"/srv/git/{name}.git", f"/srv/desk/{name}"
         server.run(f"git init -q --bare {self.bare} && git init -q {self.desk}"
                    f" && git -C {self.desk} remote add origin {self.bare}", "git")
 
-    def commit(self, branch: str, files: dict[str, str]) -> str:
+    def commit(self, branch, files):
         """Commit files on a branch and push them; return the commit's name."""
         write = "".join(f"cat >{name} <<'THE-END'\n{text}\nTHE-END\ntruncate -s -1 {name}\n"
                         f"chmod 755 {name}\n" for name, text in files.items())
-        switch = f"git switch -q {branch} 2>/dev/null || git switch -q -c {branch}"
-        return self.publish(branch, f"{{ {switch}; }}\n{write}"
-                            "git add -A && git commit -q -m 'a change'")
+        return self.publish(branch, f"{write}git add -A && git commit -q -m 'a change'", "")
 
-    def merge(self, source: str, branch: str) -> str:
-        """Merge one branch into another, as a pull request does; return the merge commit."""
-        switch = f"git switch -q {branch} 2>/dev/null || git switch -q -c {branch} {source}"
-        merge = f"git merge -q --no-ff -m 'Merge pull request #1 from octo/{source}' {source}"
-        return self.publish(branch, f"{{ {switch}; }} && {merge}")
+    def publish(self, branch, script, start):
+        """Change a branch, made from `start` where it is new, and push it; return its commit."""
+        switch = f"git switch -q {branch} 2>/dev/null || git switch -q -c {branch} {start}"
+        return self.server.out(f"cd {self.desk} && {{ {switch}; }}\n{script} && git push -q -f"
+                               f" origin {branch} && git rev-parse HEAD", "git")
 
-    def publish(self, branch: str, script: str) -> str:
-        return self.server.out(f"cd {self.desk} && {script} && git push -q -f origin {branch}"
-                               " && git rev-parse HEAD", "git")
+    def tip(self, branch):
+        """Return the branch's newest commit on the git host, or zeros."""
+        ref = f"refs/heads/{branch}"
+        return self.server.out(f"git -C {self.bare} rev-parse -q --verify {ref}"
+                               f" || echo {ZERO}", "git")
 
-    def tip(self, branch: str) -> str:
-        """Return the branch's newest commit on the git host, or nothing."""
-        return self.server.out(f"git -C {self.bare} rev-parse -q --verify refs/heads/{branch}"
-                               " || true", "git")
-
-    def deploy_key(self, public: str) -> None:
-        """Accept a public key as GitHub's page does: for this repository, to read."""
-        line = f'restrict,command="git-serve {self.name}" {public.strip()}\n'
+    def allow_key(self, ini):
+        """Make the deploy key that an ini names, as the README does, and accept it to read."""
+        path = found(r"deploy_key = (\S+)", ini)
+        self.server.type_on_server(re.sub(r"/var/lib/hookd/[\w.-]+?\.key", path,
+                                          block("deploy-key")))
+        line = f'restrict,command="git-serve {self.name}" {self.server.read(f"{path}.pub")}'
         self.server.run("cat >>/home/git/.ssh/authorized_keys && chown git:"
                         " /home/git/.ssh/authorized_keys", stdin=line)
 
-    def push(self, hook: GitHub, branch: str, files: dict[str, str]) -> str:
+    def push(self, branch, files):
         """Commit, push, and deliver the webhook; return the commit once it was answered 202."""
         before = self.tip(branch)
         after = self.commit(branch, files)
-        accepted(hook.deliver(push(self.name, branch, after, before)))
+        accepted(self.server.hook.push(f"{self.name} {branch}", after, before))
         return after
 
-    def push_deletion(self, hook: GitHub, branch: str) -> Answer:
-        """Delete a branch and deliver the webhook of that."""
-        before = self.tip(branch)
-        self.server.run(f"git -C {self.desk} push -q origin :{branch}", "git")
-        return hook.deliver(push(self.name, branch, ZERO, before))
+    def deploy(self, branch, files, state="ok"):
+        """Push, and wait until the run has ended so; return the target."""
+        return self.server.wait_for_state(f"{self.name} {branch}", self.push(branch, files), state)
 
 
-def accepted(answer: Answer) -> Answer:
-    """Return the answer if it is 202, else raise FailedError with it."""
-    if answer.status != 202:
-        raise FailedError(f"answered {answer.status} {answer.text!r}, not 202")
-    return answer
-
-
-def readme() -> str:
+def readme():
     """Return the README and the pages of recipes that it points to."""
     pages = (REPOSITORY / "README.md", *sorted(REPOSITORY.glob(".ci/*.md")))
     return "\n".join(page.read_text(encoding="utf-8") for page in pages)
 
 
-def block(name: str) -> str:
+def block(name):
     """Return the text of the fence below `<!-- vps: NAME -->`."""
     marked = re.search(rf"<!-- vps: {name} -->\n+```\w*\n(.*?\n)```", readme(), re.DOTALL)
-    if not marked:
-        raise FailedError(f"README.md has no block marked <!-- vps: {name} -->")
+    expect(marked, f"README.md has no block marked <!-- vps: {name} -->")
     return marked[1]
 
 
-def expect(true: object, otherwise: str) -> None:
-    """Raise FailedError with what was found instead, unless `true`."""
-    if not true:
-        raise FailedError(otherwise)
+def found(pattern, text, otherwise=""):
+    """Return what a pattern's group finds in a block of the README."""
+    match = re.search(pattern, text, re.MULTILINE)
+    expect(match or otherwise, f"no {pattern} in {text}")
+    return match[1] if match else otherwise
 
 
-class Scene:
+class Scene(Server):
     """Subclasses write setup() and checks: every other public method, its name a sentence."""
 
     SUITE = "bookworm"
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.noted: list[str] = []
-
-    def setup(self) -> None:
+    def setup(self):
         """Bring the server to where the checks begin."""
 
-    def note(self, figure: str) -> None:
+    def note(self, figure):
         """Add a measured figure to the line of the running check."""
         self.noted.append(figure)
 
-    def run(self) -> tuple[int, int]:
+    def play(self):
         """Run setup and the checks; print a line for each; return how many passed and failed."""
-        names = [name for kind in type(self).__mro__[-3::-1] for name, value in vars(kind).items()
-                 if callable(value) and not name.startswith("_") and name != "setup"]
-        if not self.judge("setup", self.setup):
+        kinds = [kind for kind in reversed(type(self).__mro__) if issubclass(kind, Scene)]
+        names = {name: None for kind in kinds[1:] for name, value in vars(kind).items()
+                 if callable(value) and not name.startswith("_") and name != "setup"}
+        if not self.judge("setup"):
             return 0, len(names)
-        results = [self.judge(name, getattr(self, name)) for name in names]
+        results = [self.judge(name) for name in names]
         return sum(results), len(results) - sum(results)
 
-    def judge(self, name: str, check: Callable[[], None]) -> bool:
+    def judge(self, name):
         """Run one check and print its line, with hookd's journal when it failed."""
-        title = f"{type(self).__name__.lower()}: {name.replace('_', ' ')}"
-        self.noted = []
-        before = self.cursor()
+        title, self.noted = f"{type(self).__name__.lower()}: {name.replace('_', ' ')}", []
+        began = time.time()
         try:
-            check()
-        except Exception as error:  # whatever went wrong, the next check is still of use
-            first, _, rest = str(error).partition("\n")
-            if not isinstance(error, FailedError):
-                first, rest = repr(error), traceback.format_exc()
-            print(f"FAIL {title}: {first}")
-            print(textwrap.indent(rest, "     "), end="\n" if rest else "")
-            print(textwrap.indent(self.journal_since(before), "     | "), flush=True)
+            getattr(self, name)()
+        except Exception:  # whatever went wrong, the next check is still of use
+            journal = self.out(f"journalctl -q --no-hostname -o short-precise -u hookd --since"
+                               f" @{began:.6f} | tail -40", check=False)
+            print(f"FAIL {title}\n{traceback.format_exc()}{journal}", flush=True)
             return False
         if name != "setup":
             print(f"ok {title}" + "".join(f" ({figure})" for figure in self.noted), flush=True)
         return True
-
-    def cursor(self) -> str:
-        """Return the journal's present end."""
-        shown = self.server.run("journalctl -q -n 0 --show-cursor", check=False).stdout
-        return shown.partition("cursor: ")[2].strip()
-
-    def journal_since(self, cursor: str) -> str:
-        """Return hookd's journal since then, at most its last 40 lines."""
-        after = f"--after-cursor='{cursor}'" if cursor else ""
-        script = f"journalctl -q --no-hostname -o short-precise -u hookd {after} | tail -40"
-        return self.server.run(script, check=False).stdout

@@ -1,15 +1,14 @@
 """The two systems that hookd has to replace, rebuilt from the README's recipes.
 
 Both were written up by the people who ran them: a blog that publishes itself, and a Flask app
-that updates itself.  What a visitor sees over HTTP is what is asserted.
+that updates itself. What a visitor sees over HTTP is what is asserted.
 """
 
-import re
 import time
 
-from front import CERTIFICATE, found, trusting
-from github import GitHub, get, push
-from server import Repository, Scene, Server, accepted, block, expect, wait_until
+from front import CERTIFICATE, TRUSTING
+from machine import expect, wait_until
+from server import ZERO, GitHub, Repository, Scene, accepted, block, found, get
 
 BUILD = """#!/bin/sh -e
 # The page says which branch's text it is, when, and with what PATH; a staged one shows drafts.
@@ -63,206 +62,161 @@ APP_SITE = """server {
 """
 
 
-def allow_key(server: Server, repository: Repository, ini: str) -> None:
-    """Make the deploy key that an ini names, as the README does, and give it to the git host."""
-    path = found(r"deploy_key = (\S+)", ini)
-    server.type_on_server(re.sub(r"/var/lib/hookd/[\w.-]+?\.key", path, block("deploy-key")))
-    repository.deploy_key(server.read(f"{path}.pub"))
-
-
 class Blog(Scene):
     """System A: staging and master of one repository as releases, other branches as previews."""
 
-    blog: Repository
-    hook: GitHub
+    def setup(self):
+        self.blog = Repository(self, "octo/blog")
+        self.install()
+        self.run("install -d -o hookd -g hookd /srv/blog /srv/preview")
+        self.blog.allow_key(block("blog-ini"))
+        self.run("rm /etc/nginx/sites-enabled/*")
+        self.write("/etc/nginx/sites-enabled/blog", block("preview-nginx"))
+        self.run("nginx -t && systemctl start nginx")
+        self.configure(block("blog-ini") + block("preview-ini"))
 
-    def setup(self) -> None:
-        self.blog = Repository(self.server, "octo/blog")
-        self.server.install()
-        self.server.run("install -d -o hookd -g hookd /srv/blog /srv/preview")
-        allow_key(self.server, self.blog, block("blog-ini"))
-        self.server.run("rm /etc/nginx/sites-enabled/*")
-        self.server.write("/etc/nginx/sites-enabled/blog", block("preview-nginx"))
-        self.server.run("nginx -t && systemctl start nginx")
-        self.server.configure(block("blog-ini") + block("preview-ini"))
-        self.hook = self.server.webhook()
-
-    def _sees(self, host: str, words: str) -> str:
+    def _sees(self, host, words):
         """Return the page of a site once it has these words."""
         wait_until(f"{host} shows {words!r}", lambda: words in get(host).text, 30)
         return get(host).text
 
-    def a_push_to_staging_shows_on_staging_only(self) -> None:
-        self.blog.push(self.hook, "staging", {
-            "build.sh": BUILD, "text.html": "first post", "draft.html": "a draft"})
-        self._sees("staging.example.com", "first post")
-        expect("a draft" in get("staging.example.com").text, "no draft on staging")
+    def a_push_to_staging_shows_on_staging_only(self):
+        self.blog.push("staging", {"build.sh": BUILD, "text.html": "first post",
+                                   "draft.html": "a draft"})
+        page = self._sees("staging.example.com", "first post")
+        expect("a draft" in page, f"no draft on staging: {page}")
         expect(get("blog.example.com").status == 404, f"{get('blog.example.com')}")
 
-    def merging_it_into_master_publishes(self) -> None:
-        self._merge()
+    def merging_it_into_master_publishes(self):
+        """As a pull request does."""
+        before = self.blog.tip("master")
+        after = self.blog.publish("master", "git merge -q --no-ff -m 'Merge pull request #1"
+                                  " from octo/staging' staging", "staging")
+        accepted(self.hook.push("octo/blog master", after, before))
         page = self._sees("blog.example.com", "first post")
         expect("a draft" not in page, f"a draft is live: {page}")
-        self.blog.push(self.hook, "staging", {"text.html": "second post"})
-        expect("first post" in get("blog.example.com").text, "published before it was merged")
-        self._merge()
-        self._sees("blog.example.com", "second post")
 
-    def _merge(self) -> None:
-        before = self.blog.tip("master")
-        after = self.blog.merge("staging", "master")
-        accepted(self.hook.deliver(push("octo/blog", "master", after, before)))
-
-    def a_build_that_fails_leaves_the_old_page(self) -> None:
-        """The failure is in the status and, with its last lines, in the log."""
-        broken = "#!/bin/sh\necho no disk\nexit 9\n"
-        name = self.blog.push(self.hook, "master", {"build.sh": broken})
-        self.server.wait_for_state("octo/blog", "master", name, "failed")
-        expect("second post" in get("blog.example.com").text, "the page changed")
-        self.server.wait_for_log("no disk")
-
-    def a_visitor_sees_whole_pages_through_twenty_deploys(self) -> None:
+    def a_visitor_sees_whole_pages_through_twenty_deploys(self):
         """nginx under wrk all the while: no answer but 200, each page of one release."""
-        first = self.blog.push(self.hook, "master", {"build.sh": LONG, "text.html": "version 0\n"})
-        self.server.wait_for_state("octo/blog", "master", first)
-        self.server.write("/tmp/whole.lua", WHOLE)
-        self.server.run("setsid wrk -t1 -c8 -d300s -s /tmp/whole.lua -H 'Host: blog.example.com'"
-                        " http://127.0.0.1:80/ >/tmp/wrk.log 2>&1 & echo $! >/tmp/wrk.pid")
+        self.blog.deploy("master", {"build.sh": LONG, "text.html": "version 0\n"})
+        self.write("/tmp/whole.lua", WHOLE)
+        self.run("setsid wrk -t1 -c8 -d300s -s /tmp/whole.lua -H 'Host: blog.example.com'"
+                 " http://127.0.0.1:80/ >/tmp/wrk.log 2>&1 & echo $! >/tmp/wrk.pid")
         began = time.monotonic()
         for number in range(1, 21):
-            name = self.blog.push(self.hook, "master", {"text.html": f"version {number}\n"})
-            self.server.wait_for_state("octo/blog", "master", name)
+            self.blog.deploy("master", {"text.html": f"version {number}\n"})
         took = time.monotonic() - began
         wait_until("20 versions were seen", lambda: self._told()[2] >= 20)
-        self.server.run("kill -INT $(cat /tmp/wrk.pid)")
+        self.run("kill -INT $(cat /tmp/wrk.pid)")
         count, wrong, seen = self._told()
         self.note(f"{count} answers, {seen} versions, {took:.0f} s")
         expect(count > 1000 and not wrong, f"{wrong} of {count} answers were wrong")
-        kept = self.server.out("ls /srv/blog/live/releases").split()
+        kept = self.out("ls /srv/blog/live/releases").split()
         expect(5 <= len(kept) <= 6, f"kept releases: {kept}")
 
-    def _told(self) -> list[int]:
-        words = self.server.run("cat /tmp/wrk", check=False).stdout.split()
+    def _told(self):
+        words = self.read("/tmp/wrk").split()
         return [int(word) for word in words] if len(words) == 3 else [0, 0, 0]
 
-    def a_rollback_is_seen_at_once_and_stays(self) -> None:
+    def a_rollback_is_seen_at_once_and_stays(self):
         """To the release before, without git or build; a push waits until the branch is resumed."""
-        self.server.run("mv /srv/git/octo/blog.git /srv/git/away")
+        self.run("mv /srv/git/octo/blog.git /srv/git/away")
         began = time.monotonic()
-        self.server.hookd("rollback octo/blog master")
+        self.verb("rollback octo/blog master")
         self.note(f"{time.monotonic() - began:.1f} s with the start of the verb")
-        self.server.run("mv /srv/git/away /srv/git/octo/blog.git")
+        self.run("mv /srv/git/away /srv/git/octo/blog.git")
         expect("version 19" in get("blog.example.com").text, get("blog.example.com").text[:99])
-        name = self.blog.push(self.hook, "master", {"text.html": "version 21\n"})
-        self.server.hookd("resume octo/blog master")
-        self.server.wait_for_state("octo/blog", "master", name)
+        self.blog.push("master", {"text.html": "version 21\n"})
+        self.verb("resume octo/blog master")
         self._sees("blog.example.com", "version 21")
 
-    def a_branch_gets_its_own_name(self) -> None:
-        """feature/dark and feature-dark are two branches with two names; a push updates one."""
+    def a_branch_gets_its_own_name_until_it_is_deleted(self):
+        """feature/dark and feature-dark are two branches with two names."""
         files = {"build.sh": BUILD, "draft.html": ""}
-        slugs = {}
-        for branch in ("feature-dark", "feature/dark", "Wip"):
-            name = self.blog.push(self.hook, branch, dict(files, **{"text.html": f"of {branch}."}))
-            one = self.server.wait_for_state("octo/blog", branch, name)
-            slugs[branch] = one["directory"].rpartition("/")[2]
-            self._sees(f"{slugs[branch]}.preview.example.com", f"of {branch}.")
-        expect(len(set(slugs.values())) == 3 and "feature-dark" in slugs.values(), f"{slugs}")
-        self.blog.push(self.hook, "feature-dark", {"text.html": "darker"})
-        self._sees("feature-dark.preview.example.com", "darker")
-        self.note(", ".join(slugs.values()))
-
-    def a_deleted_branch_disappears(self) -> None:
-        accepted(self.blog.push_deletion(self.hook, "feature-dark"))
+        for branch in ("feature/dark", "feature-dark"):
+            one = self.blog.deploy(branch, {**files, "text.html": f"of {branch}."})
+            slug = one["directory"].rpartition("/")[2]
+            self._sees(f"{slug}.preview.example.com", f"of {branch}.")
+            self.note(slug)
+        expect(slug == "feature-dark", f"the slug is {slug}")
+        answer = self.hook.push("octo/blog feature-dark", ZERO, deleted=True, commits=[],
+                                head_commit=None)
+        accepted(answer)
         wait_until("404", lambda: get("feature-dark.preview.example.com").status == 404)
-        wait_until("the directory is gone", lambda: not self.server.out(
-            "ls -d /srv/preview/feature-dark 2>/dev/null || true"))
+        wait_until("the directory is gone", lambda: self.fails("test -e /srv/preview/feature-dark"))
 
 
 class Copy(Scene):
     """System A as it was: staging and master of one repository, built in one working copy."""
 
-    def both_pushed_at_once_end_each_with_its_own_page(self) -> None:
-        blog = Repository(self.server, "octo/blog")
-        self.server.install(block("copy-ini"), "/srv/blog")
-        allow_key(self.server, blog, block("copy-ini"))
-        hook = self.server.webhook()
+    def both_pushed_at_once_end_each_with_its_own_page(self):
+        blog = Repository(self, "octo/blog")
+        self.install(block("copy-ini"), "/srv/blog")
+        blog.allow_key(block("copy-ini"))
         for number in range(3):
             for branch in ("staging", "master"):
-                blog.push(hook, branch, {"build.sh": BUILD, "draft.html": "a draft",
-                                         "text.html": f"{branch} {number}"})
-        for branch, folder in (("staging", "staging"), ("master", "live")):
-            self.server.wait_for_state("octo/blog", branch, blog.tip(branch))
-            page = self.server.read(f"/srv/blog/{folder}/index.html")
-            draft = "a draft" if folder == "staging" else ""
+                blog.push(branch, {"build.sh": BUILD, "draft.html": "a draft",
+                                   "text.html": f"{branch} {number}"})
+        for branch, folder, draft in (("staging", "staging", "a draft"), ("master", "live", "")):
+            self.wait_for_state(f"octo/blog {branch}", blog.tip(branch))
+            page = self.read(f"/srv/blog/{folder}/index.html")
             expect(page == f"{branch} 2{draft}C.UTF-8 /usr/local/bin:/usr/bin:/bin\n", page)
 
 
 class App(Scene):
     """System B: a Flask app under gunicorn, updated and restarted by its own push."""
 
-    app: Repository
-    hook: GitHub
-
-    def setup(self) -> None:
-        self.app = Repository(self.server, "octo/myapp")
+    def setup(self):
+        self.app = Repository(self, "octo/myapp")
         self.app.commit("main", {"app.py": APP})
-        self.server.install()
-        self.server.run("install -d -o hookd -g hookd /srv/myapp")
-        allow_key(self.server, self.app, block("flask-ini"))
-        self.server.write("/etc/polkit-1/rules.d/50-hookd.rules", block("polkit"))
-        self.server.write("/etc/systemd/system/myapp.service", block("flask-unit"))
+        self.install()
+        self.run("install -d -o hookd -g hookd /srv/myapp")
+        self.app.allow_key(block("flask-ini"))
+        self.write("/etc/polkit-1/rules.d/50-hookd.rules", block("polkit"))
+        self.write("/etc/systemd/system/myapp.service", block("flask-unit"))
         make = CERTIFICATE.format("/etc/nginx/cert.pem", "/etc/nginx/key.pem")
-        self.server.run(f"systemctl daemon-reload; rm /etc/nginx/sites-enabled/*; {make}")
+        self.run(f"systemctl daemon-reload; rm /etc/nginx/sites-enabled/*; {make}")
         location = block("nginx-tcp")
-        self.path = found(r"location = (\S+)", location)
-        self.server.write("/etc/nginx/sites-enabled/myapp", APP_SITE % location)
-        self.server.run("nginx -t && systemctl start nginx")
-        self.head = f"[hookd]\npath = {self.path}\n"
-        self.server.configure(self.head + block("flask-ini"), restart=True)
-        self.hook = self.server.webhook(address=("127.0.0.1", 443), tls=trusting(),
-                                        path=self.path, host="myapp.example.com")
+        path = found(r"location = (\S+)", location)
+        self.write("/etc/nginx/sites-enabled/myapp", APP_SITE % location)
+        self.run("nginx -t && systemctl start nginx")
+        self.ini = f"[hookd]\npath = {path}\n" + block("flask-ini")
+        self.configure(self.ini, restart=True)
+        self.hook = self.webhook(address=("127.0.0.1", 443), tls=TRUSTING, path=path,
+                                 host="myapp.example.com")
 
-    def _page(self) -> str:
-        visitor = GitHub("", ("127.0.0.1", 443), host="myapp.example.com", tls=trusting())
-        return visitor.get().text
+    def _page(self):
+        return GitHub("", ("127.0.0.1", 443), host="myapp.example.com", tls=TRUSTING).get().text
 
-    def _push(self, *changes: tuple[str, str], state: str = "ok") -> str:
-        """Push a changed app; return its commit once the run ended so."""
-        text = APP
-        for old, new in changes:
-            text = text.replace(old, new)
-        name = self.app.push(self.hook, "main", {"app.py": text})
-        self.server.wait_for_state("octo/myapp", "main", name, state, 60)
-        return name
+    def _deploy(self, old, new, state="ok"):
+        """Push a changed app, and wait until the run has ended so."""
+        return self.app.deploy("main", {"app.py": APP.replace(old, new)}, state)
 
-    def the_first_deploy_starts_the_app(self) -> None:
+    def the_first_deploy_starts_the_app(self):
         """By catch-up: the branch's newest commit was never run."""
         wait_until("the page", lambda: "one updated" in self._page(), 40)
 
-    def a_push_updates_the_app_and_restarts_it(self) -> None:
+    def a_push_updates_the_app_and_restarts_it(self):
         """A visitor sees the new version and the time of its update when the run is ok."""
-        pid = self.server.out("systemctl show -P MainPID myapp")
-        self._push(('"one"', '"two"'))
+        pid = self.shows("MainPID", "myapp")
+        self._deploy('"one"', '"two"')
         expect(self._page().startswith("two updated "), self._page())
         expect(time.strftime("%Y-%m-%d", time.gmtime()) in self._page(), self._page())
-        expect(self.server.out("systemctl show -P MainPID myapp") != pid, "the same process")
+        expect(self.shows("MainPID", "myapp") != pid, "the same process")
 
-    def an_app_that_answers_500_or_does_not_start_is_taken_back(self) -> None:
+    def an_app_that_answers_500_or_does_not_start_is_taken_back(self):
         """The healthcheck fails; the release before is live again, and the log says so."""
-        ini = self.head + block("flask-ini") + "healthcheck_timeout = 4s\n"
-        self.server.configure(ini)
+        self.configure(self.ini + "healthcheck_timeout = 4s\n")
         for broken in (('"one", 200', '"bad", 500'), ("VERSION, STATUS", "import nothing")):
-            name = self._push(broken, state="failed")
+            one = self._deploy(*broken, state="failed")
             wait_until("version two again", lambda: self._page().startswith("two updated "))
-            self.server.wait_for_log("failed", name[:7])
-        self.note(self.server.hookd("log octo/myapp main").strip().splitlines()[-1][:100])
-        self.server.configure(self.head + block("flask-ini"))
+            self.wait_for_log("failed", one["commit"][:7])
+        self.note(self.verb("log octo/myapp main").strip().splitlines()[-1][:100])
+        self.configure(self.ini)
 
-    def it_was_polkit_that_let_it_and_it_allows_nothing_else(self) -> None:
+    def it_was_polkit_that_let_it_and_it_allows_nothing_else(self):
         """Not to stop the app, nor to restart another unit, nor another user."""
         for user, what in (("hookd", "stop myapp"), ("hookd", "reload-or-restart nginx"),
                            ("laptop", "reload-or-restart myapp")):
-            done = self.server.run(f"runuser -u {user} -- systemctl --no-ask-password {what}",
-                                   check=False)
-            expect(done.returncode != 0, f"{user} may {what}")
+            expect(self.fails(f"runuser -u {user} -- systemctl --no-ask-password {what}"),
+                   f"{user} may {what}")
