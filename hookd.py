@@ -440,9 +440,9 @@ KEYS = {**HOOK_KEYS, **{item.name: item.metadata for item in fields(Config) if i
 
 
 class Ini:
-    """An ini's text as read by configparser; callers ask `state`, then `config`."""
+    """An ini's text as read by configparser; `state` is the directory where it names none."""
 
-    def __init__(self, name: str, base: str, text: str) -> None:
+    def __init__(self, name: str, base: str, text: str, state: str) -> None:
         self.name, self.base = name, base  # of the file; of relative names
         self.problems: list[str] = []
         self.warnings: list[str] = []  # what only looks wrong
@@ -461,15 +461,13 @@ class Ini:
                     fault = "is no [section], nor a `key = value` in one; close its bracket, or "
                     self.problems.append(f"{name}: line {number} {fault}indent it")
         self.levels = {section: dict(ini[section]) for section in ini.sections()}
+        given = self.levels.get("hookd", {}).get("state")
+        self.state = os.path.join(base, given) if given else state
 
     def problem(self, section: str, key: str, fault: str, warns: bool = False) -> None:
         if fault:
             line = escape(f"{self.name}: [{section}]{' ' + key if key else ''}: {fault}")
             (self.warnings if warns else self.problems).append(line)
-
-    def state(self, default: str) -> str:
-        given = self.levels.get("hookd", {}).get("state")
-        return os.path.join(self.base, given) if given else default
 
     def value(self, section: str, key: str, text: str) -> Any:
         """Return what a setting says, where it stands; raise ValueError."""
@@ -510,9 +508,9 @@ class Ini:
         levels = tuple(name for name in (section, shared, "hookd") if name in self.levels)
         values = ChainMap(*(self.values[level] for level in levels))
         settings = {key: values[key] for key in values if key in HOOK_KEYS}
-        settings["directory"] = settings.get("directory") or f"{self.place}/{WORK}"
+        settings["directory"] = settings.get("directory") or f"{self.state}/{WORK}"
         if not settings.get("secret"):
-            settings["secret_file"] = settings.get("secret_file") or f"{self.place}/secret"
+            settings["secret_file"] = settings.get("secret_file") or f"{self.state}/secret"
         return Hook(section, repo, pattern, levels, **settings)
 
     def judge(self, hook: Hook) -> None:
@@ -528,9 +526,8 @@ class Ini:
             fault = "is not set, so any green workflow deploys; name the one that tests"
             self.problem(hook.section, "workflows", fault, warns=True)
 
-    def config(self, default_state: str) -> Config:
+    def config(self) -> Config:
         """Return the Config; raise ConfigError."""
-        self.place = self.state(default_state)
         words = {name: name.split() for name in self.levels if name != "hookd"}
         hooked = {pair[0].lower() for pair in words.values() if len(pair) == 2}
         shared = {pair[0].lower(): name for name, pair in words.items() if len(pair) == 1}
@@ -551,7 +548,7 @@ class Ini:
             raise ConfigError(*dict.fromkeys(self.problems))
         daemon = {key: value for key, value in own.items() if key not in HOOK_KEYS}
         return Config(self.name, hooks, self.hook("hookd", "", "", ""), self.levels, self.base,
-                      **{**daemon, "state": self.place})
+                      **{**daemon, "state": self.state})
 
 
 # ==================================================================================== judgement
@@ -1369,10 +1366,10 @@ ADVICE = {
     "dubious ownership": "the directory is another user's; chown -R it to the user hookd runs as",
     "bad permissions": "ssh refuses a deploy_key that others can read; chmod 600 it",
     "Host key verification failed": "the remote's host key changed; compare it, mend known_hosts",
-    "Permission denied (publickey": "the remote does not know this key; add its .pub there",
+    "Permission denied .publickey": "the remote does not know this key; add its .pub there",
     "epository not found": "no such repository for this key; check git and deploy_key",
-    "git: not found": "no git in PATH; install git, or set PATH in environment",  # sh's words
-    "directory: 'git'": "no git in PATH; install git, or set PATH in environment",
+    "git: (command )?not found|directory: 'git'":
+        "no git in PATH; install git, or set PATH in environment",
 }
 UNREACHABLE = re.compile(  # git's, curl's and ssh's words for a remote that cannot be reached
     "Could not resolve host|[Uu]nable to look up|Connection refused|timed out|"
@@ -1491,11 +1488,10 @@ def base_environment(hook: Hook, more: Iterable[tuple[str, str]] = ()) -> dict[b
 
 def signal_group(group: int, number: int) -> bool:
     """Signal a process group; False where nothing of ours is left in it."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def kill_survivors(state: str, runs: Iterable[int]) -> list[int]:
@@ -1518,8 +1514,8 @@ def git_environment(hook: Hook, state: str, cwd: str = "/") -> dict[bytes, bytes
            "-o", "ConnectTimeout=30", "-o", "ServerAliveInterval=15",
            "-o", f'UserKnownHostsFile="{state}/known_hosts"']  # quoted: ssh splits it at spaces
     ssh += ["-o", "IdentitiesOnly=yes", "-i", hook.deploy_key] if hook.deploy_key else []
-    scheme = re.match(r"([a-z][a-z0-9+.-]*)(?:::|://)", hook.git)
-    own = scheme[1] if scheme else "ssh" if re.match("[^/]+:", hook.git) else "file"
+    remote = re.match(r"([a-z][a-z0-9+.-]*)(?:::|://)|[^/]+:", hook.git)  # or host:path, by ssh
+    own = (remote[1] or "ssh") if remote else "file"
     above = os.path.dirname(os.path.realpath(cwd))
     return {b"GIT_SSH_COMMAND": os.fsencode(shlex.join(ssh)), b"LC_ALL": b"C",
             b"GIT_HTTP_LOW_SPEED_LIMIT": b"1", b"GIT_HTTP_LOW_SPEED_TIME": b"60",
@@ -1546,7 +1542,7 @@ def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes],
 
 def advice(words: str) -> str:
     """Say what to do about git's or the system's words; empty where we know nothing."""
-    return next((what for said, what in ADVICE.items() if said in words), "")
+    return next((what for said, what in ADVICE.items() if re.search(said, words)), "")
 
 
 def remote_refs(hook: Hook, repo: str, state: str, *kinds: str) -> dict[str, str]:
@@ -1824,10 +1820,8 @@ class Job:
 
     def afterwards(self, outcome: Outcome) -> None:
         """Run on_success or on_failure; its own failure is reported and changes nothing."""
-        name, seconds = "on_failure", time.monotonic() - self.since
-        if outcome.state == "ok":
-            name = "on_success"
-        self.verdict = None
+        name = "on_success" if outcome.state == "ok" else "on_failure"
+        seconds, self.verdict = time.monotonic() - self.since, None
         failure = self.guarded(lambda: self.step(
             name, STATE=outcome.state, EXIT=outcome.exit, DURATION=round(seconds),
             LOG=f"{self.folder}output.log", PREVIOUS_STATE=self.run.last_state,
@@ -2480,12 +2474,12 @@ def secret_path(name: str) -> str:
     return name
 
 
-def hidden_words(levels: Mapping[str, Mapping[str, str]], base: str, state: str) -> list[str]:
+def hidden_words(config: Config) -> list[str]:
     """Return what is shown as ***: the secrets, tokens and environment files of an ini, as text."""
-    found, files = [], {os.path.join(state, "secret")}
-    for values in levels.values():
+    found, files = [], {f"{config.state}/secret"}
+    for values in config.levels.values():
         found += [*lines(values.get("secret", "")), values.get("report_token", "")]
-        files |= {secret_path(os.path.join(base, values[name]))
+        files |= {secret_path(os.path.join(config.base, values[name]))
                   for name in ("secret_file", "report_token_file", "environment_file")
                   if values.get(name)}
     for path in filter(os.path.isfile, files):  # a FIFO might never end
@@ -2632,9 +2626,8 @@ def page_html(snapshot: Snapshot) -> str:
 PAGE = string.Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>$sign $words - hookd</title><link rel="icon" href="data:,">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>$sign $words - hookd</title>
 <style>
 :root { --paper: #fdfcfa; --ink: #24262a; --soft: #62666e; --ok: #23693b; --bad: #ab2f27;
   --odd: #7d5400 }
@@ -3311,7 +3304,7 @@ class Remotes:
 
 def read_page(config: Config, up: bool) -> Snapshot:
     """Read what the page shows over a connection of its own: the messenger's thread calls it."""
-    hidden, output = hidden_words(config.levels, config.base, config.state), {}
+    hidden, output = hidden_words(config), {}
     with contextlib.closing(Store(config.state)) as store:
         store.execute("BEGIN")  # all of one instant
         rows = listed(store.overview(), config.hooks)
@@ -3641,10 +3634,7 @@ def become_owner(state: str, argv: Sequence[str]) -> None:
     """
     if os.geteuid() or not os.path.isdir(state) or not os.stat(state).st_uid:
         return
-    try:
-        owner = pwd.getpwuid(os.stat(state).st_uid)
-    except KeyError:
-        raise SystemExit(f"hookd: {state} belongs to a user without a name; chown it") from None
+    owner = pwd.getpwuid(os.stat(state).st_uid)
     os.initgroups(owner.pw_name, owner.pw_gid)
     os.setgid(owner.pw_gid)
     os.setuid(owner.pw_uid)
@@ -3660,9 +3650,9 @@ def read_ini(file: str) -> Ini:
     base, name = os.path.split(os.path.abspath(file))
     try:
         with open(file, encoding="utf-8-sig") as text:
-            return Ini(name, base, text.read())
+            return Ini(name, base, text.read(), default_state())
     except (OSError, ValueError) as error:
-        ini = Ini(name, base, "")
+        ini = Ini(name, base, "", default_state())
         ini.problems.append(f"{file}: cannot be read: {error}; it has to be UTF-8 text that hookd "
                             "may read (chmod 640, chgrp hookd): try sudo, or -c with another")
         return ini
@@ -3775,16 +3765,12 @@ def writable(path: str, root: str) -> str:
     if os.access(root + above, os.W_OK | os.X_OK):
         return ""
     (user, group), home = own_names(), re.match("/home/[^/]+", path)
-    if home and not os.access(root + home[0], os.X_OK):
-        remedy = (f"setfacl -m u:{user}:x {home[0]}, and set ProtectHome=read-only and "
+    remedy = f"install -d -o {user} -g {group} {path} (if it exists: chown -R {user}: {path})"
+    if home:
+        remedy = (f"setfacl -m u:{user}:x {home[0]}, then set ProtectHome=read-only and "
                   "ReadWritePaths= with systemctl edit hookd")
     elif root and os.access(above, os.W_OK | os.X_OK):
-        remedy = (f"systemctl edit hookd: [Service] ReadWritePaths={above}, then systemctl restart "
-                  "hookd")
-    elif above == path:
-        remedy = f"chown -R {user}: {path}"
-    else:
-        remedy = f"install -d -o {user} -g {group} {path}"
+        remedy = f"ReadWritePaths={above} with systemctl edit hookd, then systemctl restart hookd"
     return f"{user} cannot write {above}; as root: {remedy}"
 
 
@@ -3810,9 +3796,9 @@ class Command:
     def __init__(self, options: "argparse.Namespace", argv: Sequence[str]) -> None:
         """Read the ini and become the owner of its state; raise ConfigError or SystemExit."""
         self.options, self.ini = options, read_ini(options.file)
-        self.state = self.ini.state(default_state())
+        self.state = self.ini.state
         try:
-            self.config = self.ini.config(self.state)
+            self.config = self.ini.config()
         except ConfigError:
             if options.verb not in STATE_VERBS:
                 raise
@@ -3837,8 +3823,7 @@ class Command:
         if not os.fork():
             try:
                 os.closerange(0, 3)
-                words = hidden_words(self.ini.levels, self.ini.base, self.state)
-                os.write(writer, json.dumps(words).encode())
+                os.write(writer, json.dumps(hidden_words(self.config)).encode())
             finally:
                 os._exit(0)
         os.close(writer)
@@ -3864,27 +3849,20 @@ class Command:
         return [branch if branch.startswith("refs/") else f"refs/{kind}/{branch}"
                 for kind in ("heads", "tags")]
 
-    def where(self) -> tuple[str, list[str]]:
-        """Return what REPO BRANCH, REPO or RUN means for runs `r`: SQL, and its values."""
+    def runs(self, condition: str = "") -> list[Run]:
+        """Return the runs of RUN, REPO BRANCH or REPO, or all, that meet a condition of SQL."""
         repo = self.options.repo
         if self.options.branch:
-            return "r.repo = ? AND r.ref IN (?, ?)", [repo, *self.refs]
-        if repo:
-            return "r.id = ?" if repo.isdecimal() else "r.repo = ?", [repo]
-        return "1", []
-
-    def runs(self, condition: str) -> list[Run]:
-        """Return the runs that are named, or all, that meet a condition of SQL."""
-        where, words = self.where()
-        return self.store.runs(f"WHERE {where} {condition}", *words)
+            sql, refs = f"WHERE r.repo = ? AND r.ref IN (?, ?) {condition}", self.refs
+            return self.store.runs(sql, repo, *refs)
+        name = "id" if not repo or repo.isdecimal() else "repo"
+        return self.store.runs(f"WHERE r.{name} = coalesce(?, r.{name}) {condition}", repo)
 
     def targets(self) -> list[dict[str, Any]]:
-        """Return the targets of what is named, or all, without those that are gone."""
-        where, words = self.where()
-        sql = f"SELECT DISTINCT r.target FROM runs r WHERE {where}"  # tags share one target
-        known = {target for (target,) in self.store.execute(sql, *words)}
+        """Return the targets of REPO BRANCH or REPO, or all, without those that are gone."""
+        named = {run.target.id for run in self.runs()}  # tags share one target
         rows = listed(self.store.overview(), self.config.hooks)
-        return [row for row in rows if row["target"] in known]
+        return [row for row in rows if row["target"] in named]
 
     def find_hook(self, event: str = "") -> tuple[Optional[Hook], Push]:
         """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
@@ -4008,7 +3986,7 @@ class Command:
             libc.malloc_trim(0)  # what compiling took
         file = os.path.abspath(self.options.file)
 
-        return Daemon(config, lambda: read_secrets(read_ini(file).config(state), True)).serve()
+        return Daemon(config, lambda: read_secrets(read_ini(file).config(), make=True)).serve()
 
     def check(self) -> int:
         """the ini and what it names: every problem, then a table of the hooks"""
