@@ -3264,12 +3264,10 @@ class Remotes:
 
     def plan(self, config: Config, first: float) -> None:
         """Take a configuration's hooks; those that are new are asked `first` seconds from now."""
-        now, known = time.monotonic(), self.next
-        self.next = {}
-        for hook in config.hooks.values():
-            if hook.git and hook.catch_up and hook.event == "push":
-                planned = known.get(hook.section, now + first)
-                self.next[hook.section] = min(planned, now + hook.catch_up)
+        now = time.monotonic()
+        self.next = {name: min(self.next.get(name, now + first), now + hook.catch_up)
+                     for name, hook in config.hooks.items()
+                     if hook.git and hook.catch_up and hook.event == "push"}
 
     def hurry(self, sections: Iterable[str]) -> None:
         """Ask these hooks' remotes now."""
@@ -3766,7 +3764,7 @@ def writable(path: str, root: str) -> str:
         return ""
     (user, group), home = own_names(), re.match("/home/[^/]+", path)
     remedy = f"install -d -o {user} -g {group} {path} (if it exists: chown -R {user}: {path})"
-    if home:
+    if home and not os.access(root + home[0], os.X_OK):
         remedy = (f"setfacl -m u:{user}:x {home[0]}, then set ProtectHome=read-only and "
                   "ReadWritePaths= with systemctl edit hookd")
     elif root and os.access(above, os.W_OK | os.X_OK):
