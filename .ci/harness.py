@@ -170,19 +170,6 @@ def handles(pid):
 # ---------------------------------------------------------------- The machine, and running
 
 
-def install(*programs):
-    """Install Debian's packages of these names where root may; return which are there."""
-    missing = [program for program in programs if not shutil.which(program)]
-    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run("apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy "
-                       "--no-install-recommends " + " ".join(missing), shell=True, check=False,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
-    present = {program for program in programs if shutil.which(program)}
-    for program in sorted(set(programs) - present):
-        print(f"skipped for want of {program}: what is measured with it", file=sys.stderr)
-    return present
-
-
 def installed(names, install):
     """Return a folder into which `install(folder)` put what these names say, once for all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
