@@ -54,7 +54,7 @@ import string
 import subprocess
 import threading
 import time
-from collections import ChainMap, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate
@@ -460,9 +460,10 @@ class Ini:
                 for number, _ in getattr(error, "errors", [(getattr(error, "lineno", 0), "")]):
                     fault = "is no [section], nor a `key = value` in one; close its bracket, or "
                     self.problems.append(f"{name}: line {number} {fault}indent it")
-        self.levels = {section: dict(ini[section]) for section in ini.sections()}
-        given = self.levels.get("hookd", {}).get("state")
-        self.state = os.path.join(base, given) if given else state
+        self.levels = {"hookd": {}, **{name: dict(ini[name]) for name in ini.sections()}}
+        self.state = os.path.join(base, self.levels["hookd"].get("state") or state)
+        self.default = Hook("", "", "", (), directory=f"{self.state}/{WORK}",
+                            secret_file=f"{self.state}/secret")
 
     def problem(self, section: str, key: str, fault: str, warns: bool = False) -> None:
         if fault:
@@ -481,7 +482,7 @@ class Ini:
         if key in FILES and text.startswith("~"):
             raise ValueError("begins with ~, which stays as it is; write the whole path")
         if not text and key != "skip":  # none at all is a choice
-            return KEYS[key]["default"]
+            return getattr(self.default, key, KEYS[key]["default"])
         parsed = KEYS[key]["parse"](text)
         return os.path.join(self.base, text) if key in FILES else parsed
 
@@ -500,18 +501,15 @@ class Ini:
                 fault = f"has `{taken[0].strip()}` in its value; a comment needs a line of its own"
                 self.problem(section, key, f"{fault}, a setting no indentation", warns=True)
         if set(SECRETS) & set(values):  # the two are one setting
-            values = {"secret": (), "secret_file": "", **values}
+            file = "" if values.get("secret") else self.default.secret_file
+            values = {"secret": (), "secret_file": file, **values}
         return values
 
-    def hook(self, section: str, shared: str, repo: str, pattern: str) -> Hook:
-        """Return a section's Hook; settings come from it, from its repository's, from [hookd]."""
-        levels = tuple(name for name in (section, shared, "hookd") if name in self.levels)
-        values = ChainMap(*(self.values[level] for level in levels))
-        settings = {key: values[key] for key in values if key in HOOK_KEYS}
-        settings["directory"] = settings.get("directory") or f"{self.state}/{WORK}"
-        if not settings.get("secret"):
-            settings["secret_file"] = settings.get("secret_file") or f"{self.state}/secret"
-        return Hook(section, repo, pattern, levels, **settings)
+    def hook(self, above: Hook, section: str, repo: str = "", pattern: str = "") -> Hook:
+        """Return a section's Hook: what the section sets, else what is set above it."""
+        own = {key: value for key, value in self.values[section].items() if key in HOOK_KEYS}
+        levels = (section, *above.levels)
+        return replace(above, section=section, repo=repo, pattern=pattern, levels=levels, **own)
 
     def judge(self, hook: Hook) -> None:
         """Report what does not go together in a hook."""
@@ -528,26 +526,28 @@ class Ini:
 
     def config(self) -> Config:
         """Return the Config; raise ConfigError."""
+        self.values = {name: self.read(name) for name in self.levels}
+        common = self.hook(self.default, "hookd")
         words = {name: name.split() for name in self.levels if name != "hookd"}
-        hooked = {pair[0].lower() for pair in words.values() if len(pair) == 2}
-        shared = {pair[0].lower(): name for name, pair in words.items() if len(pair) == 1}
+        shared = {pair[0].lower(): self.hook(common, name, *pair)
+                  for name, pair in words.items() if len(pair) == 1}
+        hooks = {name: self.hook(shared.get(pair[0].lower(), common), name, *pair)
+                 for name, pair in words.items() if len(pair) == 2}
+        used = {name for hook in hooks.values() for name in hook.levels}
         for name, pair in words.items():
             if len(pair) not in (1, 2) or not REPOSITORY.fullmatch(pair[0]):
                 self.problem(name, "", "is no hook; write [hookd] or [owner/repo branch]")
-            elif pair[0].lower() not in hooked or (len(pair) == 1 and name not in shared.values()):
+            elif name not in used:
                 self.problem(name, "", f"no hook uses this section; add one like [{name} main]")
-        self.values = {name: self.read(name) for name in self.levels}
-        hooks = {name: self.hook(name, shared.get(pair[0].lower(), ""), *pair)
-                 for name, pair in words.items() if len(pair) == 2}
         for hook in hooks.values():
             self.judge(hook)
-        own = self.values.get("hookd", {})
+        own = self.values["hookd"]
         if bool(own.get("tls_cert")) != bool(own.get("tls_key")):
             self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
         if self.problems:
             raise ConfigError(*dict.fromkeys(self.problems))
         daemon = {key: value for key, value in own.items() if key not in HOOK_KEYS}
-        return Config(self.name, hooks, self.hook("hookd", "", "", ""), self.levels, self.base,
+        return Config(self.name, hooks, common, self.levels, self.base,
                       **{**daemon, "state": self.state})
 
 
@@ -3910,18 +3910,17 @@ class Command:
             if len(known) == 1:
                 return str(known[0][0])
             clone = fill(hook.directory, push.repo, push.ref) + ("/repo" if hook.releases else "")
-            if hook.git and os.path.isdir(clone):
-                code, commit, _ = ask_git(["-C", clone, "rev-parse", "--verify", "-q",
-                                           f"{text}^{{commit}}"], base_environment(hook))
-                if not code:
-                    return commit.strip()
+            question = ["-C", clone, "rev-parse", "--verify", "-q", f"{text}^{{commit}}"]
+            code, commit, _ = ask_git(question, base_environment(hook))
+            if hook.git and not code:
+                return commit
         raise SystemExit(f"hookd: {text!r} is no commit that hookd knows; give all 40 digits")
 
     # ---- following a run
 
     def watch(self, number: int, following: bool) -> int:
         """Print a run's output, and with `following` its end; return its exit status."""
-        shown, last, up_at = 0, b"\n", time.monotonic()
+        shown, last, up_at = 0, b"\n", -NEVER
         sql = "SELECT state, exit, duration FROM runs WHERE id = ?"
         while True:
             state, code, seconds = self.store.execute(sql, number).fetchone() or ("", 1, 0.0)
@@ -3936,8 +3935,7 @@ class Command:
             if daemon_words(self.state):
                 up_at = time.monotonic()
             elif time.monotonic() > up_at + GRACE_SECONDS:
-                print("hookd: hookd is not running; the run goes on when it starts",
-                      file=sys.stderr)
+                print("hookd: hookd is not running; the run begins when it starts", file=sys.stderr)
                 return 1
             time.sleep(0.1)
         for run in self.store.runs("WHERE r.id = ?", number) if following else ():
@@ -3949,9 +3947,6 @@ class Command:
         """Follow a run that a verb queued: print its output and its end; return its exit status."""
         wake_daemon(self.state)
         print(f"queued run {number}: {push}", flush=True)
-        if not daemon_words(self.state):
-            print("hookd: hookd is not running; the run begins when it starts", file=sys.stderr)
-            return 1
         return self.watch(number, True)
 
     # ---- verbs
@@ -4157,9 +4152,7 @@ class Command:
 
     def pause(self) -> int:
         """hold back the runs of a branch, a repository, or all"""
-        place, store, config = self.pause_place(), self.store, self.config
-        if place[0] and config.hooks and not config.hooks_for(place[0]):
-            raise self.no_hook()
+        place, store = self.pause_place(), self.store
         with store.transaction():
             store.execute("DELETE FROM pauses WHERE repo = ? AND ref = ?", *place)
             store.pause(place, self.options.why or f"by {user_name()}")
@@ -4192,9 +4185,8 @@ class Command:
         options, delivery, deleted = self.options, str(uuid.uuid4()), self.options.event == "delete"
         hook, push = self.find_hook("push" if deleted else options.event)
         commit = "" if deleted else options.commit or os.urandom(20).hex()
-        hooks = [hook] if hook else self.config.hooks_for(push.repo)
         body = push_json(push._replace(commit=commit, deleted=deleted))
-        digest = hmac.digest(self.secrets(hooks)[0].encode(), body, "sha256").hex()
+        digest = hmac.digest(self.secrets(hook)[0].encode(), body, "sha256").hex()
         status, text = self.post(body, {
             "Content-Type": JSON, "X-GitHub-Delivery": delivery, "X-GitHub-Event": push.event,
             "X-Hub-Signature-256": f"sha256={digest}",

@@ -8694,7 +8694,7 @@ class Words(VerbCase):
         (("run", "octo/site", ""), 2), (("run", "octo/site", "a b"), 2),
         (("run", *WHERE, "--commit", "zz"), 1), (("run", *WHERE, "--commit", b"\xff"), 1),
         (("send", *WHERE, "--commit", "zz"), 1), (("send", "octo/site", "x\ty"), 2),
-        (("pause", "bad"), 2), (("pause", "octo/site", "a b"), 2), (("pause", "octo/nothing"), 1),
+        (("pause", "bad"), 2), (("pause", "octo/site", "a b"), 2),
         (("pause", *WHERE, "more"), 2),
         (("resume", "bad"), 2), (("secret", "octo/nothing"), 1), (("secret", NO_TEXT), 2),
         (("check", "octo/site"), 2), (("status", *WHERE, "more"), 2), (("status", NO_TEXT), 2),
