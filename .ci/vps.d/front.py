@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import ssl
-import threading
 
 from harness import push_of, sha
 from machine import expect, wait_until
@@ -24,7 +23,7 @@ HOST = r"(?:server_name |^)([\w.]+\.example\.com)"
 
 
 class Front(Scene):
-    """The README's block for a proxy: a push through it, its bodies, restarts behind it."""
+    """The README's block for a proxy: a push through it, its bodies, the page."""
 
     name = page = ""
     tls = None
@@ -66,22 +65,6 @@ class Front(Scene):
         payload["filler"] = "x" * ((25 << 20) - len(json.dumps(payload)) - 14)
         accepted(self.hook.send(payload))
         self.wait_for_state("octo/site main", sha("long"))
-
-    def restarts_refuse_nothing(self):
-        answers, stop = [], threading.Event()
-
-        def pushes():
-            while not stop.is_set():
-                answers.append(self.hook.push("octo/site main", sha(len(answers))))
-        thread = threading.Thread(target=pushes, daemon=True)
-        thread.start()
-        for number in range(3):
-            self.run("systemctl restart hookd")
-            wait_until("an answer", lambda after=number: len(answers) > 5 * (after + 1))
-        stop.set()
-        thread.join(30)
-        wrong = [one for one in answers if one.status != 202]
-        expect(not wrong, f"{len(wrong)} of {len(answers)} not 202, first {wrong[:1]}")
 
     def the_page_is_served_to_who_has_the_password(self):
         """To nobody else, and never by hookd's own port."""

@@ -1,7 +1,5 @@
 """Syslog: hookd's lines in the journal and in rsyslog's file; journald stuck; a mail."""
 
-import socket
-import threading
 import time
 
 from machine import expect, wait_until
@@ -16,22 +14,6 @@ command =
     echo the reason why
     exit 3
 """
-
-
-def take_mail(listener, inbox):
-    """Be a mail server for one message; keep its lines."""
-    with listener, listener.accept()[0] as connection, connection.makefile("rw") as stream:
-        reply, body = "220 here", False
-        while reply:
-            print(reply, end="\r\n", file=stream, flush=True)
-            line = stream.readline().strip()
-            while body and line != ".":
-                inbox.append(line)
-                line = stream.readline().strip()
-            body = line.upper() == "DATA"
-            reply = "354 go on" if body else "221 bye" if line.upper() == "QUIT" else "250 well"
-            if reply == "221 bye" or not line:
-                return
 
 
 class Syslog(Scene):
@@ -68,14 +50,12 @@ class Syslog(Scene):
         self.wait_for_log(self.push("octo/site main", "again")[:7])
 
     def a_failed_deploy_is_mailed(self):
-        """The README's on_failure, with a mail server that the driver plays."""
-        inbox, listener = [], socket.create_server(("127.0.0.1", 25))
-        thread = threading.Thread(target=take_mail, args=(listener, inbox), daemon=True)
-        thread.start()
+        """The recipe's on_failure, with a mail server that prints what it takes."""
+        self.run("setsid python3 -um smtpd -n -c DebuggingServer localhost:25 >/tmp/mail 2>&1 &")
+        wait_until("the mail server listens", lambda: self.out("ss -Hltn 'sport = 25'"))
         self.write("/opt/hookd/message", block("message-mail"))
         self.configure("[hookd]\non_failure = sh -e /opt/hookd/message\n" + SITE)
         self.deploy("octo/site bad", "mail", "failed")
-        thread.join(10)
-        mail = "\n".join(inbox)
+        mail = self.read("/tmp/mail")
         expect("Subject: octo/site bad failed" in mail and "the reason why" in mail,
                f"mailed: {mail}")
