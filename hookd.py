@@ -654,8 +654,8 @@ def read_payload(body: bytes, form: bool) -> tuple[bytes, dict[str, Any]]:
             text = match[1] if match else b""
             # As quoted-printable: urllib.parse would make an object of each %, 80 times the body.
             body = binascii.a2b_qp(text.replace(b"%", b"=").replace(b"+", b" "))
-        # int() takes minutes for a long number before Python 3.9.14.
-        data = json.loads(str(body, "utf-8"), parse_int=float)
+        # int() takes minutes for a long number before Python 3.9.14; it refuses the word NaN.
+        data = json.loads(str(body, "utf-8"), parse_int=float, parse_constant=int)
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
@@ -1592,18 +1592,19 @@ def ask_http(url: str, seconds: float, body: str = "", **headers: str) -> bytes:
     `unix:/path:/url` asks a socket. The library's getresponse() would allow each byte `seconds`.
     """
     from http.client import HTTPConnection, HTTPSConnection
-    from urllib.parse import urlsplit
+    from urllib.parse import quote, urlsplit
     unix, end, head = re.match("unix:([^:]+):", url), time.monotonic() + seconds, b""
     parts = urlsplit(f"http://localhost{url[unix.end():]}" if unix else url)
     connect = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    link = connect(parts.netloc.rpartition("@")[2], timeout=seconds / 2)  # for each of v6 and v4
+    link = connect(parts.hostname or "", parts.port or connect.default_port,
+                   timeout=seconds / 2)  # for each address: a name mostly has two, v6 and v4
     with contextlib.closing(link):
         if unix:
             link.sock = socket.socket(socket.AF_UNIX)
             link.sock.settimeout(seconds)
             link.sock.connect(unix[1])
         path = parts._replace(scheme="", netloc="", path=parts.path or "/", fragment="").geturl()
-        link.request("POST" if body else "GET", path, body or None,
+        link.request("POST" if body else "GET", quote(path, safe="/?%:@!$&'()*+,;=~"), body or None,
                      {"User-Agent": f"hookd/{VERSION}", **headers})
         while not re.search(rb"\n\r?\n", head) and len(head) < HEAD_MAX:
             link.sock.settimeout(max(end - time.monotonic(), 0.001))
@@ -1645,6 +1646,7 @@ class Job:
         self.through = False  # it has ended, though the history may not know yet
         self.commit, self.subject = run.push.commit, run.push.subject
         self.directory = self.clone = self.cwd = run.target.directory
+        self.current = f"{self.directory}/current"
         self.folder = run_file(state, run.id)  # with a slash at its end
         self.since = time.monotonic()
         self.release = ""  # the one that it builds, or goes back to
@@ -1792,7 +1794,6 @@ class Job:
         while url and not failure and not self.verdict:
             now = time.monotonic()
             if now >= until:
-                self.say(f"healthcheck {redact(url, ())} answered last: {answer}")
                 return self.ending(1, f"healthcheck: {answer} after {seconds} s")
             try:
                 head = ask_http(url, min(5.0, until - now))
@@ -1905,8 +1906,7 @@ class Job:
 
     def hold_commit(self) -> None:
         """Keep git from losing the commit: no forced push or clean-up takes the way back."""
-        if self.ask("update-ref", f"refs/hookd/{self.run.id}", self.commit) is None:
-            self.say(f"warning: no ref could be written, so git may lose {self.commit}")
+        self.ask("update-ref", f"refs/hookd/{self.run.id}", self.commit)
         runs = self.ask("for-each-ref", "--format=%(refname:lstrip=2)", "refs/hookd/[0-9]*") or ""
         for run in {*map(int, runs.split())} - {*self.held, self.run.id}:
             self.ask("update-ref", "-d", f"refs/hookd/{run}")
@@ -1941,8 +1941,8 @@ class Job:
             "LAST_GOOD": run.last_good, "PAYLOAD": f"{self.folder}payload.json",
             "CAUSE": run.cause, "SUBJECT": self.subject, **facts}
         if self.hook.releases:
-            facts.update(CURRENT=f"{self.directory}/current",
-                         RELEASE=f"{self.directory}/releases/{release or run.live}")
+            path = f"{self.directory}/releases/{release or run.live}"
+            facts.update(CURRENT=self.current, RELEASE=path)
         own = {f"HOOKD_{name}": str(fact) for name, fact in facts.items()}
         return base_environment(self.hook, {**self.variables, **own}.items())
 
@@ -1983,10 +1983,6 @@ class Job:
 class ReleaseJob(Job):
     """Carry out a run whose hook has `releases`: build beside the live one, switch, go back."""
 
-    def __init__(self, run: Run, hook: Hook, state: str, tell: Callable[[Any], None]) -> None:
-        super().__init__(run, hook, state, tell)
-        self.clone, self.current = f"{self.directory}/repo", f"{self.directory}/current"
-
     def live(self) -> str:
         """Return the release that `current` leads to, if any."""
         return os.path.basename(os.readlink(self.current)) if os.path.islink(self.current) else ""
@@ -1999,7 +1995,8 @@ class ReleaseJob(Job):
         self.run = self.run._replace(live=self.run.live or self.live())
         for folder in ("repo", "releases", "shared"):
             os.makedirs(f"{self.directory}/{folder}", exist_ok=True)
-        releases, self.release = f"{self.directory}/releases", self.run.release
+        releases, self.clone = f"{self.directory}/releases", f"{self.directory}/repo"
+        self.release = self.run.release
         if self.release and os.path.isdir(f"{releases}/{self.release}"):
             return self.switch(self.release)
         attempt, self.release = self.run.attempts, ""
@@ -2065,11 +2062,11 @@ class ReleaseJob(Job):
         self.goes_back, self.verdict = True, None
         failure = self.guarded(lambda: self.switch(live) or self.go_live())
         self.goes_back, self.verdict, self.changed = False, None, self.live() != live
+        fault = failure.note if failure else ""
         if self.changed:
-            return f"could not go back to {stands}, release {self.live()} stays"
+            return f"could not go back to {stands} ({fault}), release {self.live()} stays"
         discard(f"{self.folder}switched")
-        how = f"but {failure.note}; it stays" if failure else "which stands"
-        return f"went back to {stands}, {how}"
+        return f"went back to {stands}, " + (f"but {fault}; it stays" if fault else "which stands")
 
     def clean(self, state: str) -> None:
         """Keep the newest good releases, the newest failed one, what is live and what was."""
@@ -2734,11 +2731,10 @@ def write_page(directory: str, snapshot: Snapshot) -> None:
 def start_thread(work: Callable[..., None], *arguments: Any) -> Optional[threading.Thread]:
     """Start a thread that dies with the process; None where there is no room for it."""
     thread = threading.Thread(target=work, args=arguments, daemon=True)
-    try:
+    with contextlib.suppress(RuntimeError):
         thread.start()
-    except RuntimeError:
-        return None
-    return thread
+        return thread
+    return None
 
 
 def note_fault(known: dict[str, set[str]], what: str, done: str, fault: str) -> None:
@@ -3313,7 +3309,7 @@ def read_page(config: Config, up: bool) -> Snapshot:
     for run in [target["run"] for target in targets if config.page_output]:
         path = run_file(config.state, run or 0, "output.log")
         with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
-            output[run] = redact("".join(deque(file, 100)), hidden)
+            output[run] = redact("".join(deque(file, 100)), hidden)[-OUTPUT_TAIL:]
     return Snapshot(time.time(), up, targets, runs, totals, output)
 
 
@@ -3803,7 +3799,7 @@ class Command:
             self.config = Config(self.ini.name, {}, Hook("hookd", "", "", ()), self.ini.levels,
                                  self.ini.base, state=self.state)
         known = os.path.isdir(self.state)
-        if not known and options.verb not in ("serve", "check", "send"):
+        if not known and options.verb not in ("serve", "check"):
             raise SystemExit(f"hookd: there is no {self.state} yet; start hookd first, or try it "
                              "with sudo")
         become_owner(self.state, argv)
@@ -3882,14 +3878,13 @@ class Command:
             raise self.no_hook()
         return hook, push
 
-    def secrets(self, hooks: Sequence[Hook], make: bool = False) -> tuple[str, ...]:
-        """Return the secrets of the first hook; without one, those of the daemon."""
-        config = read_secrets(self.config, make)
-        hook = config.hooks[hooks[0].section] if hooks else config.common
-        found = hook.secret if hooks else hook.secret or config.secrets
-        if not found:
-            raise SystemExit("hookd: there is no secret yet; hookd makes it when it starts")
-        return found
+    def secrets(self, hook: Optional[Hook] = None) -> tuple[str, ...]:
+        """Return the secrets of a hook, of REPO's first one, or without REPO the common ones."""
+        config, repo = read_secrets(self.config, make=True), self.options.repo or ""
+        hook = hook or next(iter(config.hooks_for(repo)), None)
+        if repo and not hook:
+            raise self.no_hook()
+        return config.hooks[hook.section].secret if hook else config.common.secret
 
     def pause_place(self) -> tuple[str, str]:
         """Return repository and ref of a pause, "" where any will do."""
@@ -4275,11 +4270,7 @@ class Command:
 
     def secret(self) -> int:
         """the secret to paste into GitHub, made if there is none"""
-        repo = self.options.repo
-        hooks = self.config.hooks_for(repo) if repo else []
-        if repo and not hooks:
-            raise self.no_hook()
-        print("\n".join(self.secrets(hooks, make=True)))
+        print("\n".join(self.secrets()))
         return 0
 
 
