@@ -1197,11 +1197,11 @@ class Store:
 
     # ---- pauses
 
-    def paused(self, number: int, by_verb: bool = False) -> Optional[str]:
+    def paused(self, number: int) -> Optional[str]:
         """Return why a run is held back, None where it is not: a verb's never is."""
         why: Optional[str] = self.value(f"""SELECT p.why FROM runs r JOIN pauses p ON {PAUSED}
-            WHERE r.id = ? AND (? OR r.cause NOT IN ('run', 'rollback'))
-            ORDER BY p.id LIMIT 1""", number, by_verb)
+            WHERE r.id = ? AND r.cause NOT IN ('run', 'rollback')
+            ORDER BY p.id LIMIT 1""", number)
         return why
 
     def pause(self, words: tuple[str, str], why: str, run: int = 0, target: int = 0) -> None:
@@ -1295,23 +1295,20 @@ RUN_FACTS = ("run", "state", "event", "cause", "commit", "subject", "pusher", "q
 
 def listed(rows: Iterable[dict[str, Any]],
            hooks: Optional[Mapping[str, Hook]]) -> list[dict[str, Any]]:
-    """Return the targets that `status` lists: at work, or with a run, a hook and a branch."""
-    def known(row: Mapping[str, Any]) -> bool:
-        hook = hooks.get(row["hook"]) if hooks is not None else None
-        return hooks is None or (hook is not None and row["directory"]
-                                 == fill(hook.directory, row["repo"], row["ref"]))
+    """Return the targets that `status` lists: at work, or with a run, a branch and a hook if any."""
+    def place(row: Mapping[str, Any]) -> str:
+        hook = hooks.get(row["hook"]) if hooks else None
+        return fill(hook.directory, row["repo"], row["ref"]) if hook else ""
 
-    return [row for row in rows if row["running"] or row["waiting"]
-            or (row["run"] and not row["gone"] and known(row))]
+    return [row for row in rows if row["running"] or row["waiting"] or (
+        row["run"] and not row["gone"] and (not hooks or row["directory"] == place(row)))]
 
 
 def clean(facts: Mapping[str, Any], names: Sequence[str], hidden: Sequence[str]) -> dict[str, Any]:
     """Return the named facts as `status --json` has them: None where unknown, no secrets."""
     found: dict[str, Any] = {name: None if facts[name] == "" else facts[name] for name in names}
-    for name in ("subject", "pusher", "note", "paused"):
-        if found.get(name):
-            found[name] = redact(found[name], hidden)
-    return found
+    told = [name for name in ("subject", "pusher", "note", "paused") if found.get(name)]
+    return {**found, **{name: redact(found[name], hidden) for name in told}}
 
 
 def history(store: Store, target: int, most: int = -1) -> list[dict[str, Any]]:
@@ -1965,6 +1962,8 @@ class Job:
                     time.sleep(0.02)
                     child.poll()  # a zombie is left, too
                     left = signal_group(child.pid, 0)
+                if not left:
+                    break  # its number may soon be a stranger's
             self.copy(child, 0.0)  # its last words; a background child's would never end
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
@@ -3661,17 +3660,14 @@ def make_secret(path: str) -> None:
                 file.write(os.urandom(32).hex() + "\n")
 
 
-def read_secrets(config: Config, make: bool = False) -> Config:
-    """Return a config with all secrets and tokens that it names; raise ConfigError or OSError.
-
-    With `make` the default secret is made; without it may be missing.
-    """
+def read_secrets(config: Config) -> Config:
+    """Return a config with all secrets and tokens that it names; raise ConfigError or OSError."""
     default, problems, full = f"{config.state}/secret", [], {}
     for hook in (*config.hooks.values(), config.common):
         found = {"secret_file": [*hook.secret], "report_token_file": [*lines(hook.report_token)]}
         for key, words in found.items():
             path = getattr(hook, key)
-            if make and path == default:
+            if path == default and os.path.isdir(config.state):
                 make_secret(path)
             if not path or (path == default and not os.path.exists(path)):
                 continue
@@ -3880,7 +3876,7 @@ class Command:
 
     def secrets(self, hook: Optional[Hook] = None) -> tuple[str, ...]:
         """Return the secrets of a hook, of REPO's first one, or without REPO the common ones."""
-        config, repo = read_secrets(self.config, make=True), self.options.repo or ""
+        config, repo = read_secrets(self.config), self.options.repo or ""
         hook = hook or next(iter(config.hooks_for(repo)), None)
         if repo and not hook:
             raise self.no_hook()
@@ -3959,7 +3955,7 @@ class Command:
             os.makedirs(os.path.join(state, folder), 0o700, exist_ok=True)
         with contextlib.suppress(PermissionError):
             os.chmod(state, 0o700)
-        config = read_secrets(config, make=True)
+        config = read_secrets(config)
         lock = private(os.path.join(state, "locks", DAEMON_LOCK), os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -3974,7 +3970,7 @@ class Command:
             libc.malloc_trim(0)  # what compiling took
         file = os.path.abspath(self.options.file)
 
-        return Daemon(config, lambda: read_secrets(read_ini(file).config(), make=True)).serve()
+        return Daemon(config, lambda: read_secrets(read_ini(file).config())).serve()
 
     def check(self) -> int:
         """the ini and what it names: every problem, then a table of the hooks"""
