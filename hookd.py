@@ -32,6 +32,7 @@ import configparser
 import contextlib
 import errno
 import fcntl
+import glob
 import grp
 import hashlib
 import hmac
@@ -524,8 +525,8 @@ class Ini:
             fault = "is not set, so any green workflow deploys; name the one that tests"
             self.problem(hook.section, "workflows", fault, warns=True)
 
-    def config(self) -> Config:
-        """Return the Config; raise ConfigError."""
+    def config(self, needs_hooks: bool = True) -> Config:
+        """Return the Config; with problems raise ConfigError, or leave out hooks and settings."""
         self.values = {name: self.read(name) for name in self.levels}
         common = self.hook(self.default, "hookd")
         words = {name: name.split() for name in self.levels if name != "hookd"}
@@ -544,8 +545,10 @@ class Ini:
         own = self.values["hookd"]
         if bool(own.get("tls_cert")) != bool(own.get("tls_key")):
             self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
-        if self.problems:
+        if self.problems and needs_hooks:
             raise ConfigError(*dict.fromkeys(self.problems))
+        if self.problems:
+            hooks, own = {}, {}
         daemon = {key: value for key, value in own.items() if key not in HOOK_KEYS}
         return Config(self.name, hooks, common, self.levels, self.base,
                       **{**daemon, "state": self.state})
@@ -1295,7 +1298,7 @@ RUN_FACTS = ("run", "state", "event", "cause", "commit", "subject", "pusher", "q
 
 def listed(rows: Iterable[dict[str, Any]],
            hooks: Optional[Mapping[str, Hook]]) -> list[dict[str, Any]]:
-    """Return the targets that `status` lists: at work, or with a run, a branch and a hook if any."""
+    """Return the targets that `status` lists: at work, or with a run, a branch and a hook."""
     def place(row: Mapping[str, Any]) -> str:
         hook = hooks.get(row["hook"]) if hooks else None
         return fill(hook.directory, row["repo"], row["ref"]) if hook else ""
@@ -2499,8 +2502,12 @@ def hidden_words(config: Config) -> list[str]:
 REPORT_SECONDS = 15.0  # for one try
 REPORT_DELAYS = (0.0, 1.0, 10.0, 60.0, 300.0)  # before each try
 PAGE_SECONDS = 60.0
-TOKEN_REMEDY = ('is report_api right, and the token neither expired nor without "Commit statuses: '
-                'write" (GitHub; a classic one repo:status) or write:repository (Gitea, Forgejo)?')
+RIGHTS = ('it needs from GitHub "Commit statuses: write" (fine-grained) or repo:status (classic), '
+          "from Gitea or Forgejo write:repository")
+REMEDIES = {401: "the forge does not know the token; it may have expired: make a new one",
+            403: f"the token may not report on this repository; {RIGHTS}",
+            404: f"there is no such repository for this token; {RIGHTS}",
+            422: "the forge refuses a status for this commit; is it in this repository?"}
 SIGNS = {"ok": "✓", "failed": "✗", "timeout": "✗", "running": "▸", "queued": "…"}
 BADGE_COLOURS = {"ok": "#23693b", "failed": "#ab2f27", "timeout": "#ab2f27"}
 Facts = dict[str, Any]  # an object of `status --json`
@@ -2529,26 +2536,40 @@ class Snapshot(NamedTuple):
     output: Mapping[int, str]  # by run
 
 
-def send_report(report: Report) -> tuple[str, bool]:
-    """Try once; return the fault, if any, and whether to retry; the fault never has the token."""
+def send_report(report: Report) -> tuple[str, float]:
+    """Try once; return the fault, never with the token, and the least wait before a retry.
+
+    The fault is "" where there is none; the wait is NEVER where a retry is of no use.
+    """
     url = f"{report.api.rstrip('/')}/repos/{report.repo}/statuses/{report.commit}"
     # GitHub, Gitea and Forgejo all take the word "token".
     headers = {"Authorization": f"token {report.token}", "Content-Type": "application/json"}
     try:
         head = ask_http(url, REPORT_SECONDS, json.dumps(report.body), **headers)
     except OSError as error:
-        return f"no answer: {error.strerror or error}", True
+        return f"no answer: {error.strerror or error}", 0.0
     except ValueError:  # whose text has the token
-        return "the token has a character that no request can carry; copy it again", False
+        return "the token has a character that no request can carry; copy it again", NEVER
     match = re.match(rb"HTTP/1\.[01] ([2-5][0-9][0-9])\b", head)
     if not match:
-        return "what answers does not speak HTTP", True
+        return "what answers does not speak HTTP", 0.0
     status = int(match[1])
     if status < 300:
-        return "", False
+        return "", NEVER
     if status in (408, 429) or status >= 500:
-        return f"the forge answers {status}", True
-    return f"the forge answers {status}; {TOKEN_REMEDY}", False
+        after = re.search(rb"(?i)\nretry-after:[ \t]*([0-9]{1,9})[ \t]*(\r|$)", head)
+        return f"the forge answers {status}", min(float(after[1]), 3600.0) if after else 0.0
+    return f"{status}, {REMEDIES.get(status, 'is report_api right?')}", NEVER
+
+
+def token_fault(api: str, token: str, repo: str) -> str:
+    """Ask for a status of a commit that cannot exist; return why reports cannot be shown, or "".
+
+    Forges judge the token first; then GitHub answers 422, Gitea 500.
+    """
+    body = {"state": "error", "context": "hookd/check"}
+    fault, _ = send_report(Report(0, api, token, repo, "0" * 40, body))
+    return "" if fault.startswith(("422", "the forge answers 500")) else fault
 
 
 def mark_up(text: str) -> str:
@@ -2565,12 +2586,14 @@ def ago(at: float, now: float) -> str:
     return "1 second ago" if seconds == 1 else f"{seconds} seconds ago"
 
 
-def moment(at: Optional[float]) -> str:
-    """Return a date: unlike "5 minutes ago", it stays true when nobody rewrites the page."""
-    return time.strftime("<time>%Y-%m-%d %H:%M</time>", time.localtime(at)) if at else ""
+def moment(at: float, now: float = 0.0) -> str:
+    """Return a <time> whose title is exact: how long before `now`, or without it the date."""
+    exact = time.strftime("%d %B %Y, %H:%M:%S %Z", time.localtime(at)).lstrip("0")
+    iso, words = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at)), ago(at, now)
+    return f'<time datetime="{iso}" title="{exact}">{words if now else exact}</time>'
 
 
-def item_html(facts: Facts, link: str, output: str, *notes: tuple[str, Any]) -> str:
+def item_html(facts: Facts, link: str, output: str, now: float, *notes: tuple[str, Any]) -> str:
     """Return a run, or with a link a target, with those notes whose value is known."""
     state = facts["state"] or ("running" if facts["running"] else "queued")
     sign, anchor = SIGNS.get(state, "–"), "" if link else f' id="run-{facts["run"]}"'
@@ -2579,22 +2602,24 @@ def item_html(facts: Facts, link: str, output: str, *notes: tuple[str, Any]) -> 
              for words, value in notes if value not in (None, "")]
     text = html.escape("\n".join(map(escape, output.expandtabs().splitlines())))
     details = f"<details><summary>Output</summary><pre>{text}</pre></details>" if text else ""
-    at = moment(facts["ended"] or facts["began"] or facts.get("queued"))
+    at = facts["ended"] or facts["began"] or facts.get("queued")
     return (f'<li{anchor}><b class="{state}"><i aria-hidden="true">{sign}</i> {state}</b>'
             f"<div>{link}<p><code>{commit}</code> {subject}</p>"
-            f"<p class=soft>{' · '.join(known)}</p>{details}</div>{at}</li>")
+            f"<p class=soft>{' · '.join(known)}</p>{details}</div>"
+            f"{moment(at, now) if at else ''}</li>")
 
 
 def target_html(target: Facts, runs: Sequence[Facts], shown: Snapshot) -> tuple[str, str]:
     """Return a target's line in the overview, with a link to its newest run, and its runs."""
     running, waiting = target["running"], target["waiting"]
+    now = shown.now if shown.up else 0.0  # nobody will rewrite "5 minutes ago"
     name = re.sub("^refs/(heads/)?", "", target["ref"])
     place = f"{mark_up(target['repo'])} {mark_up(name)}"
     link = f'<a href="#run-{max(target["run"] or 0, running or 0, *waiting)}">{place}</a>'
-    line = item_html(target, link, "", ("run {} is running", running),
+    line = item_html(target, link, "", now, ("run {} is running", running),
                      ("{} waiting", len(waiting) or None), ("paused: {}", target["paused"]))
     items = [item_html(
-        run, "", shown.output.get(run["run"], ""), ("run {}", run["run"]),
+        run, "", shown.output.get(run["run"], ""), now, ("run {}", run["run"]),
         ("{}", run["cause"] or run["event"]), ("by {}", run["pusher"]),
         ("took {:.0f} s", run["duration"]), ("exit {}", run["exit"] or None), ("{}", run["note"]))
         for run in runs]
@@ -2614,16 +2639,20 @@ def page_html(snapshot: Snapshot) -> str:
                    key=lambda pair: pair[0]["state"] in (None, "ok"))
     parts = [target_html(target, runs, snapshot) for target, runs in pairs]
     return PAGE.substitute(
-        sign=SIGNS[state], state=state, words=words, meaning=meaning,
-        written=moment(snapshot.now) + time.strftime(" %Z"),
+        sign=SIGNS[state], state=state, words=words, meaning=meaning, written=moment(snapshot.now),
+        colour="%2323693b" if state == "ok" else "%23ab2f27",
         overview="\n".join(line for line, _ in parts), runs="\n".join(runs for _, runs in parts))
 
 
 PAGE = string.Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>$sign $words - hookd</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'
+><circle cx='4' cy='4' r='4' fill='$colour'/><text x='4' y='6' font-size='6' fill='white'
+ text-anchor='middle'>$sign</text></svg>">
 <style>
 :root { --paper: #fdfcfa; --ink: #24262a; --soft: #62666e; --ok: #23693b; --bad: #ab2f27;
   --odd: #7d5400 }
@@ -2722,9 +2751,8 @@ def write_page(directory: str, snapshot: Snapshot) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         replace_file(path, text)
     replace_file(f"{directory}/index.html", page_html(snapshot))
-    for folder, _, names in os.walk(f"{directory}/badge"):
-        for stale in {f"{folder}/{name}" for name in names} - badges.keys():
-            os.unlink(stale)
+    for stale in set(glob.glob(f"{glob.escape(directory)}/badge/*/*/*.svg")) - badges.keys():
+        os.unlink(stale)
 
 
 def start_thread(work: Callable[..., None], *arguments: Any) -> Optional[threading.Thread]:
@@ -2780,12 +2808,12 @@ class Messenger:
     def deliver(self) -> None:
         """Send the reports in their order: the root of a thread."""
         for report in iter(self.reports.get, None):
-            fault, again = "", True
+            fault, wait = "", 0.0
             try:
                 for delay in REPORT_DELAYS:
-                    if again:
-                        time.sleep(delay)
-                        fault, again = send_report(report)
+                    if wait < NEVER:
+                        time.sleep(max(delay, wait))
+                        fault, wait = send_report(report)
                 note_fault(self.faults, f"a report on {report.repo} to {report.api}", "sent", fault)
                 self.done(report.id)
             except Exception:
@@ -3787,13 +3815,7 @@ class Command:
         """Read the ini and become the owner of its state; raise ConfigError or SystemExit."""
         self.options, self.ini = options, read_ini(options.file)
         self.state = self.ini.state
-        try:
-            self.config = self.ini.config()
-        except ConfigError:
-            if options.verb not in STATE_VERBS:
-                raise
-            self.config = Config(self.ini.name, {}, Hook("hookd", "", "", ()), self.ini.levels,
-                                 self.ini.base, state=self.state)
+        self.config = self.ini.config(options.verb not in STATE_VERBS)
         known = os.path.isdir(self.state)
         if not known and options.verb not in ("serve", "check"):
             raise SystemExit(f"hookd: there is no {self.state} yet; start hookd first, or try it "

@@ -9635,7 +9635,7 @@ class BrokenIni(VerbCase):
         for number in (3, 2, 1):
             self.did(daemon, "cancel", str(number))
         self.assertEqual(daemon.states(), dict.fromkeys((1, 2, 3), "cancelled"))
-        self.did(daemon, "status", code=1, says="octo/site main +3 +cancelled")
+        self.did(daemon, "status", code=1, says="octo/site main +1 +cancelled")
 
 
 class Owner(VerbCase):
