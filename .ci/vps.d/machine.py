@@ -134,7 +134,9 @@ class Machine:
                 stdin=subprocess.DEVNULL, stdout=console, stderr=console)
         try:
             wait_until("the container started", self.find_leader, 30)
-            wait_until("systemd runs", self.is_up, 60)
+            asked = "systemctl is-system-running"
+            wait_until("systemd runs", lambda: self.out(asked, check=False, timeout=10) in (
+                "running", "degraded"), 60)
         except AssertionError as failure:
             self.stop()
             console_text = (place / "console").read_text(encoding="utf-8", errors="replace")
@@ -164,10 +166,6 @@ class Machine:
                 if re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):
                     self.leader = int(child)
         return self.leader > 0
-
-    def is_up(self):
-        asked = self.run("systemctl is-system-running", check=False, timeout=10)
-        return asked.stdout.strip() in ("running", "degraded")
 
     def enter_network(self):
         """Move this thread, and the threads it starts, into the server's network."""

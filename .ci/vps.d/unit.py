@@ -4,7 +4,7 @@ import re
 import time
 
 from machine import expect, wait_until
-from server import INI, REPOSITORY, GitHub, Repository, Scene, block, readme
+from server import INI, REPOSITORY, GitHub, Scene, block, readme
 
 SITE = """
 [octo/site main]
@@ -139,16 +139,6 @@ class Unit(Site):
                 ("on_success = sudo systemctl restart blog", 0, "warning", "sudo", "polkit")):
             self.write(INI, f"[octo/blog main]\ncommand = true\n{line}\n")
             self.note(self.verb("check", code, words).splitlines()[0].strip())
-        self.write(INI, SITE)
-
-    def check_online_asks_the_remote_with_the_readme_s_key(self):
-        blog = Repository(self, "octo/blog")
-        blog.commit("main", {"page": "one"})
-        ini = ("[octo/blog main]\ngit = git@github.com:octo/blog.git\n"
-               "deploy_key = /var/lib/hookd/octo-blog.key\n")
-        blog.allow_key(ini)
-        self.write(INI, ini)
-        self.verb("check --online", 0, ["octo/blog main"])
         self.write(INI, SITE)
 
 
