@@ -3991,7 +3991,6 @@ class Command:
             libc.mallopt(-3, CHUNK // 2)  # M_MMAP_THRESHOLD, mallopt(3): else each block grows it
             libc.malloc_trim(0)  # what compiling took
         file = os.path.abspath(self.options.file)
-
         return Daemon(config, lambda: read_secrets(read_ini(file).config())).serve()
 
     def check(self) -> int:

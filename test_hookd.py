@@ -6342,7 +6342,7 @@ class OneReport(ReportCase):
         told = hookd.send_report(report_of(
             api=forge.api + "/", target_url="https://x.test/#run-1", state="failure",
             description="run 1 failed (exit 2)"))
-        self.assertEqual(told, ("", False))
+        self.assertEqual(told, ("", hookd.NEVER))
         self.assertLess(time.monotonic() - started, 5, "waits for more than the answer")
         [status] = forge.taken
         self.assertEqual(status.path, f"/api/v3/repos/octo/site/statuses/{sha('commit')}")
@@ -6358,7 +6358,7 @@ class OneReport(ReportCase):
         table = (  # answer, whether to try again, words of the fault
             (200, False, ""), (201, False, ""), (204, False, ""),
             (301, False, "301 report_api"), (400, False, "400 report_api"),
-            (401, False, "401 token expired"), (404, False, "404 report_api repo:status"),
+            (401, False, "401 token expired"), (404, False, "404 repository repo:status"),
             (403, False, "403 token repo:status write:repository statuses: write"),
             (422, False, "422"),
             (408, True, "408"), (429, True, "429"), (500, True, "500"), (503, True, "503"),
@@ -6367,8 +6367,8 @@ class OneReport(ReportCase):
         forge = self.forge(*(answer for answer, _, _ in table))
         for answer, retried, words in table:
             with self.subTest(answer=answer):
-                fault, again = hookd.send_report(report_of(api=forge.api))
-                self.assertEqual(again, retried)
+                fault, wait = hookd.send_report(report_of(api=forge.api))
+                self.assertEqual(wait, 0.0 if retried else hookd.NEVER)
                 self.assertEqual(bool(fault), bool(words), fault)
                 for word in words.split():
                     self.assertIn(word, fault)
@@ -6387,9 +6387,9 @@ class OneReport(ReportCase):
         for name, api, token, retried in table:
             with self.subTest(name):
                 report = report_of(api=api, token=token)
-                fault, again = hookd.send_report(report)
+                fault, wait = hookd.send_report(report)
                 self.assertTrue(fault)
-                self.assertEqual(again, retried, fault)
+                self.assertEqual(wait, 0.0 if retried else hookd.NEVER, fault)
                 for told in (fault, repr(report), str(report), f"{report}", f"{[report]}"):
                     self.assertNotIn(TOKEN, told)
 
@@ -6408,11 +6408,23 @@ class OneReport(ReportCase):
             thread.join(PATIENCE)
         for kind in (HANG, DRIP):
             with self.subTest(kind):
-                fault, again, seconds = ended[kind]
+                fault, wait, seconds = ended[kind]
                 self.assertLess(14.5, seconds)
                 self.assertLess(seconds, 20)
                 self.assertIn("timed out", fault)
-                self.assertTrue(again)
+                self.assertEqual(wait, 0.0)
+
+    def test_a_token_is_tried_on_a_commit_that_cannot_exist(self):
+        table = ((422, ""), (500, ""), (401, "expired"), (403, "repo:status"), (404, "repository"),
+                 (301, "report_api"), (502, "502"), (DROP, "HTTP"))
+        forge = self.forge(*(answer for answer, _ in table))
+        for answer, word in table:
+            with self.subTest(answer=answer):
+                told = hookd.token_fault(forge.api, TOKEN, "octo/site")
+                self.assertEqual(bool(told), bool(word), told)
+                self.assertIn(word, told)
+        self.assertEqual({one.path for one in forge.taken},
+                         {f"/api/v3/repos/octo/site/statuses/{'0' * 40}"})
 
     def test_a_token_does_not_travel_unencrypted(self):
         table = (("https://api.github.com", True), ("https://git.example.com/api/v1", True),
@@ -6463,6 +6475,14 @@ class ReportOrder(ReportCase):
                 messenger.send(report_of(1, forge.api))
                 self.wait_until_done(1)
                 self.assertEqual(len(forge.taken), 1)
+
+    def test_retry_after_is_heeded(self):
+        forge = self.forge((429, {"Retry-After": "1"}))
+        messenger = self.messenger()
+        messenger.send(report_of(1, forge.api))
+        self.wait_until_done(1)
+        first, second = forge.taken
+        self.assertGreaterEqual(second.at - first.at, 0.99)
 
     def test_a_forge_that_never_answers_does_not_hold_up_the_page(self):
         dead, messenger = self.forge(always=HANG), self.messenger()
@@ -6586,7 +6606,7 @@ class Reader(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.words, self.tags, self.ids, self.links = [], [], [], []
+        self.words, self.tags, self.ids, self.links, self.times = [], [], [], [], []
         self.feed(text)
         self.text = " ".join(" ".join(self.words).split())
 
@@ -6595,6 +6615,7 @@ class Reader(HTMLParser):
         self.tags.append(tag)
         self.ids += [named["id"]] if "id" in named else []
         self.links += [value for name, value in attributes if name in ("href", "src", "srcset")]
+        self.times += [named] if tag == "time" else []
         assert not [name for name in named if name.startswith("on")], named
 
     def handle_data(self, data):
@@ -6626,20 +6647,26 @@ class PageText(unittest.TestCase):
         page = self.read(target_of(), up=False)
         self.assertIn("\u2717 hookd is stopped", page.text)
         self.assertNotIn("Rewritten every minute", page.text)
+        self.assertNotIn(" ago", page.text)
 
     def test_the_page_says_when_it_was_written_and_what_its_age_means(self):
         page = self.read(target_of())
-        self.assertRegex(page.text, r"Written 2026-09-2\d \d\d:\d\d \w+\. Rewritten every minute: "
-                                    "if this is older, hookd is not running")
+        self.assertRegex(page.text, r"Written \d+ September 2026, \d\d:\d\d:20 \w+ ?\. Rewritten "
+                                    "every minute: if this is older, hookd is not running")
+        self.assertEqual(page.times[0]["datetime"], "2026-09-21T14:13:20Z")
 
-    def test_a_past_time_is_two_or_more_of_the_largest_unit(self):
+    def test_a_date_is_words_with_the_exact_time_behind_them(self):
         table = ((0, "0 seconds ago"), (1, "1 second ago"), (119.9, "119 seconds ago"),
                  (120, "2 minutes ago"), (7199, "119 minutes ago"), (7200, "2 hours ago"),
                  (172799, "47 hours ago"), (172800, "2 days ago"), (40 * 86400, "40 days ago"),
                  (-5, "0 seconds ago"))
         for past, words in table:
             with self.subTest(words):
-                self.assertEqual(hookd.ago(NOW - past, NOW), words)
+                time_element = Reader(hookd.moment(NOW - past, NOW))
+                self.assertEqual(time_element.text, words)
+                self.assertRegex(time_element.times[0]["title"],
+                                 r"^[1-9]\d? \w+ 2026, [\d:]{8} \w+$")
+                self.assertRegex(time_element.times[0]["datetime"], r"^2026-[\d-]+T[\d:]{8}Z$")
 
     def test_each_target_links_to_its_newest_run_and_what_failed_comes_first(self):
         targets = (target_of(12), target_of(9, "refs/heads/dev", state="failed"),
@@ -6667,7 +6694,7 @@ class PageText(unittest.TestCase):
         run = run_of(12, "failed", cause="rollback", duration=125, exit=3, note="of the script")
         text = self.read(target_of(), runs=[run]).text
         for words in (sha(12)[:7], "Fix the menu", "run 12 \u00b7 rollback \u00b7 by mona",
-                      "took 125 s", "exit 3", "of the script"):
+                      "took 125 s", "exit 3", "of the script", "5 minutes ago"):
             self.assertIn(words, text)
 
     def test_unknown_facts_are_left_out(self):
@@ -6702,10 +6729,14 @@ class PageText(unittest.TestCase):
         page = hookd.page_html(snapshot_of(target_of(), output={12: "x"}))
         reader = Reader(page)
         self.assertEqual(set(reader.tags), {
-            "html", "meta", "title", "style", "main", "h1", "h2", "b", "i", "p", "ul", "ol",
+            "html", "meta", "title", "link", "style", "main", "h1", "h2", "b", "i", "p", "ul", "ol",
             "li", "div", "a", "code", "bdi", "time", "details", "summary", "pre"})
         for link in reader.links:
-            self.assertRegex(link, r"^#run-\d+$")
+            self.assertRegex(link, r"(?s)^(#run-\d+|data:image/svg\+xml,<svg .*)$")
+        icons = {"ok": "%2323693b", "failed": "%23ab2f27"}
+        for state, colour in icons.items():
+            told = hookd.page_html(snapshot_of(target_of(state=state)))
+            self.assertIn(f"fill='{colour}'", told)
         self.assertIn("default-src 'none'", page)
         self.assertNotRegex(page, "@import|url\\(|refresh")
 
@@ -6786,10 +6817,12 @@ class PageFiles(Case):
 
     def test_badges_of_branches_that_are_gone_are_removed(self):
         self.write(target_of(), target_of(3, "refs/heads/dev"), target_of(4, repo="octo/shop"))
-        (self.home / "mine.html").write_text("x")
+        foreign = ["badge/mine.svg", "badge/octo/site/notes.txt", "mine.html"]
+        for name in foreign:
+            (self.home / name).write_text("x")
         self.write(target_of())
-        self.assertEqual(self.files(), ["badge/octo/site/main.svg", "index.html", "metrics.prom",
-                                        "mine.html", "status.json"])
+        self.assertEqual(self.files(), sorted([
+            *foreign, "badge/octo/site/main.svg", "index.html", "metrics.prom", "status.json"]))
 
     def test_a_planted_link_is_not_followed(self):
         precious = self.home / "precious"
@@ -7008,6 +7041,25 @@ class Reports(ReportCase):
                 self.assertTrue(text, place)
                 self.assertNotIn(TOKEN, text)
         daemon.stop()
+
+    def test_check_judges_the_address_and_online_the_token(self):
+        forge = self.forge(always=403)
+        for api, word in (("http://git.example.com/api/v1", "unencrypted"),
+                          ("nonsense", "https://")):
+            with self.subTest(api):
+                told = self.prepare(hook("true"), report_token=TOKEN, report_api=api).hookd("check")
+                self.assertIn("report_api", told.out + told.err)
+                self.assertIn(word, told.out + told.err)
+        daemon = self.prepare(hook("true"), report_token=TOKEN, report_api=forge.api)
+        self.assertEqual(daemon.hookd("check").code, 0)
+        self.assertEqual(forge.taken, [])
+        told = daemon.hookd("check", "--online")
+        self.assertIn("repo:status", told.out + told.err)
+        self.assertNotIn(TOKEN, told.out + told.err)
+        forge.always = 422
+        told = daemon.hookd("check", "--online")
+        self.assertEqual(told.code, 0, told)
+        self.assertEqual({one.path.rpartition("/")[2] for one in forge.taken}, {"0" * 40})
 
     def test_a_rollback_is_shown_on_the_commit_that_it_restores(self):
         forge, origin = self.forge(), self.repository()
