@@ -28,9 +28,7 @@ PYTHON = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.execu
 
 
 class Service(Daemon):
-    """A daemon that is started by the ExecStart= of hookd.service, and compiles itself each time,
-    as it does there, where it may not write beside its own file.
-    """
+    """A daemon that starts as by hookd.service, where it compiles itself each time."""
 
     def spawn(self, command, sockets=(), names="", **more):
         unit = (HERE.parent / "hookd.service").read_text()
@@ -184,9 +182,7 @@ def installed(names, install):
 
 
 def node(script, packages, *arguments):
-    """Run a module of .ci under node with these npm packages, and return what it prints, a JSON
-    value a line.
-    """
+    """Run a module of .ci under node with npm packages; return the JSON values that it prints."""
     def install(place):
         (place / "package.json").write_text('{"type": "module"}')
         sh("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--save-exact",

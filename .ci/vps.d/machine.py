@@ -27,9 +27,7 @@ PACKAGES = {"bookworm": NEEDED + """ nginx-light caddy rsyslog polkitd libnss-sy
             "bullseye": NEEDED, "trixie": NEEDED}
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RECIPE = "4"  # change it when the way the tree is built changes
-UNIFIED = "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"  # cgroups as on a Debian of its own
 CGROUPS = Path("/sys/fs/cgroup")
-CLONE_NEWNET = 0x40000000
 
 
 class CannotBootError(Exception):
@@ -122,12 +120,13 @@ class Machine:
         """Start systemd on the overlay and wait until it says that it runs."""
         place = self.place
         overlay = f"lowerdir={self.base},upperdir={place}/upper,workdir={place}/work"
-        nspawn = (f"systemd-nspawn -q -D {place}/root -b --register=no --keep-unit --machine=server"
-                  " --private-network --console=read-only --resolv-conf=off --timezone=off"
-                  " --link-journal=no")
+        nspawn = ("env SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1"  # cgroups as on a Debian of its own
+                  f" systemd-nspawn -q -D {place}/root -b --register=no --keep-unit"
+                  " --machine=server --private-network --console=read-only --resolv-conf=off"
+                  " --timezone=off --link-journal=no")
         mount = f"mount -t overlay overlay -o {overlay} {place}/root"
         join = "".join(f"echo $$ >{group}/cgroup.procs; " for group in self.cgroups())
-        script = f"{mount} && {{ {join}exec setsid env {UNIFIED} {nspawn}; }}"
+        script = f"{mount} && {{ {join}exec setsid {nspawn}; }}"
         with open(place / "console", "ab") as console:
             self.nspawn = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", "unshare", "-m", "sh", "-c", script],
@@ -171,7 +170,7 @@ class Machine:
         """Move this thread, and the threads it starts, into the server's network."""
         libc = ctypes.CDLL(None, use_errno=True)
         with open(f"/proc/{self.leader}/ns/net", "rb") as namespace:
-            if libc.setns(namespace.fileno(), CLONE_NEWNET) != 0:
+            if libc.setns(namespace.fileno(), 0) != 0:
                 raise CannotBootError(f"setns: {os.strerror(ctypes.get_errno())}")
 
     def run(self, script, user="root", check=True, timeout=60, stdin=""):

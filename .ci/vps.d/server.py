@@ -63,15 +63,18 @@ class GitHub:
     tls: ssl.SSLContext = None
 
     def send(self, payload=b"", **more):
-        """Send one request on a connection of its own; return the answer."""
+        """Send one request on a connection of its own; return the answer, 0 where none came."""
         data = request(payload, self.secret, path=self.path, Host=self.host, **more)
         source = (self.source, 0) if self.source else None
-        with socket.create_connection(self.address, 30, source) as connected:
-            if self.tls:
-                connected = self.tls.wrap_socket(connected, server_hostname=self.host)
-            with connected, connected.makefile("rb") as stream:
-                connected.sendall(data)
-                return read_answer(stream)
+        try:
+            with socket.create_connection(self.address, 30, source) as connected:
+                if self.tls:
+                    connected = self.tls.wrap_socket(connected, server_hostname=self.host)
+                with connected, connected.makefile("rb") as stream:
+                    connected.sendall(data)
+                    return read_answer(stream)
+        except OSError as error:
+            return Answer(0, f"{type(error).__name__}: {error}")
 
     def get(self, path="/", **headers):
         return dataclasses.replace(self, path=path).send(method="GET", **headers)
@@ -84,11 +87,8 @@ class GitHub:
 
 
 def get(host, port=80):
-    """Return what a visitor of a site sees, nothing where nobody answers."""
-    try:
-        return GitHub(address=("127.0.0.1", port), host=host).get()
-    except OSError:
-        return Answer(0)
+    """Return what a visitor of a site sees."""
+    return GitHub(address=("127.0.0.1", port), host=host).get()
 
 
 def accepted(answer):
@@ -307,7 +307,7 @@ class Scene(Server):
 
     def note(self, figure):
         """Add a measured figure to the line of the running check."""
-        self.noted.append(figure)
+        self.noted += f" ({figure})"
 
     def play(self):
         """Run setup and the checks; print a line for each; return how many passed and failed."""
@@ -321,7 +321,7 @@ class Scene(Server):
 
     def judge(self, name):
         """Run one check and print its line, with hookd's journal when it failed."""
-        title, self.noted = f"{type(self).__name__.lower()}: {name.replace('_', ' ')}", []
+        title, self.noted = f"{type(self).__name__.lower()}: {name.replace('_', ' ')}", ""
         began = time.time()
         try:
             getattr(self, name)()
@@ -331,5 +331,5 @@ class Scene(Server):
             print(f"FAIL {title}\n{traceback.format_exc()}{journal}", flush=True)
             return False
         if name != "setup":
-            print(f"ok {title}" + "".join(f" ({figure})" for figure in self.noted), flush=True)
+            print(f"ok {title}{self.noted}", flush=True)
         return True
