@@ -175,7 +175,7 @@ def installed(names, install):
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "installed", "a+") as done:
         fcntl.flock(done, fcntl.LOCK_EX)
-        if not done.tell():
+        if not os.stat(done.fileno()).st_size:
             install(place)
             done.write("yes")
     return place

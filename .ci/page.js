@@ -10,13 +10,12 @@ import { createRequire } from "node:module";
 import { chromium } from "playwright-core";
 
 const axe = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const EVENTS = ["dialog", "pageerror", "console", "popup", "download"];
 
 async function open(browser, options, url) {
   const page = await (await browser.newContext(options)).newPage();
   const seen = { requests: [], events: [] };
   page.on("request", (request) => seen.requests.push(request.url()));
-  for (const event of EVENTS) {
+  for (const event of ["dialog", "pageerror", "console", "popup", "download"]) {
     page.on(event, (what) => seen.events.push(`${event} ${what.text?.() ?? what}`));
   }
   await page.goto(url, { waitUntil: "load" });

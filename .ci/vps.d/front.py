@@ -8,12 +8,8 @@ import ssl
 from harness import push_of, sha
 from machine import expect, wait_until
 from server import VISITOR, GitHub, Scene, accepted, block, found
+from unit import SITE
 
-SITE = """
-[octo/site main]
-directory = /srv/site
-command = echo "$HOOKD_COMMIT" >commit
-"""
 CERTIFICATE = ("openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=server.example.com"
                " -addext 'subjectAltName=DNS:server.example.com,DNS:*.example.com'"
                " -out {0} -keyout {1} 2>&1")
@@ -23,7 +19,7 @@ HOST = r"(?:server_name |^)([\w.]+\.example\.com)"
 
 
 class Front(Scene):
-    """The README's block for a proxy: a push through it, its bodies, the page."""
+    """The README's block for a proxy; _start() starts it with that and the block for the page."""
 
     name = page = ""
     tls = None
@@ -42,10 +38,6 @@ class Front(Scene):
                                  tls=self.tls, host=host, source=VISITOR)
         wait_until("the proxy serves", lambda: self.hook.push(
             "octo/site none", sha("0")).status == 200)
-
-    def _start(self, text, page):
-        """Start the proxy with the block, and the block for the page."""
-        raise NotImplementedError
 
     def a_push_is_deployed_and_its_sender_logged(self):
         """The visitor's address, not the proxy's, and not what the visitor claims."""

@@ -1,7 +1,5 @@
-"""The two systems that hookd has to replace, rebuilt from the README's recipes.
-
-Both were written up by the people who ran them: a blog that publishes itself, and a Flask app
-that updates itself. What a visitor sees over HTTP is what is asserted.
+"""The two systems that hookd has to replace, a blog and a Flask app, rebuilt from the README's
+recipes. What a visitor sees over HTTP is what is asserted.
 """
 
 import time
