@@ -78,6 +78,7 @@ CLOSE_SECONDS = 2.0  # at a stop, for requests that have begun
 GIT_SECONDS = 60.0  # for a question to git
 QUIET_SECONDS, BURST_SECONDS = 0.05, 1.0  # of quiet that end a burst; the longest wait for that
 LOCK_SECONDS = 0.5  # how long to wait before retrying a lock held elsewhere
+STUCK_SECONDS = 5.0  # after which a directory or a file that does not answer is reported
 RETRY_SECONDS = (60.0, 300.0, 900.0)  # before each retry of a remote that could not be reached
 ATTEMPTS_MAX = 2  # beginnings of a script that a stop or a crash cut off
 BUSY_SECONDS = 1.0  # for a database that another program has locked
@@ -1396,12 +1397,17 @@ if [ -z "$goal" ]; then
     bring "+$HOOKD_REF:$tip"  # a ref of our own makes the next fetch small
 elif [ "$HOOKD_CAUSE" != rollback ] || ! has_goal; then
     bring --prune '+refs/heads/*:refs/hookd/heads/*' '+refs/tags/*:refs/hookd/tags/*'
-    has_goal || bring "+$goal:refs/hookd/asked" || exit 1
+    has_goal || bring "+$goal:refs/hookd/asked" || {
+        echo "hookd: the remote has no commit $goal, or does not give it"
+        exit 1
+    }
     known=$(git for-each-ref --count=1 --contains "$goal" refs/hookd/heads refs/hookd/tags)
     [ "$known" ] || echo "hookd: warning: commit $goal is on no branch or tag of the remote"
 fi
 """
 CHECK_OUT = """
+# A power cut may leave the index short: git makes it anew.
+git ls-files .git > /dev/null 2>&1 || rm -f .git/index
 # Detached, so that branches like `a` and `a/b` can share a working copy.
 git checkout -q --force --detach "$HOOKD_COMMIT" --
 if [ -e .gitmodules ]; then
@@ -1642,12 +1648,13 @@ class Job:
         self.held: set[int] = set()  # runs whose commits are held
         self.hidden: Sequence[str] = ()  # what the log shows as ***
         self.output: Any = None
-        self.began = ""  # the log's line
+        self.began = self.complaint = ""  # lines of the log: that it began, what held it up
         self.through = False  # it has ended, though the history may not know yet
         self.commit, self.subject = run.push.commit, run.push.subject
         self.directory = self.clone = self.cwd = run.target.directory
         self.current = f"{self.directory}/current"
         self.folder = run_file(state, run.id)  # with a slash at its end
+        self.doing = f"its directory {self.directory}"  # what a dead disk could hold up
         self.since = time.monotonic()
         self.release = ""  # the one that it builds, or goes back to
         self.dropped: list[str] = []  # releases that it removed
@@ -1676,6 +1683,11 @@ class Job:
             return []
         text = redact(self.output.tail.decode("utf-8", "replace"), self.hidden)
         return text[-4096:].splitlines()[-QUOTED_LINES:]
+
+    def held_up(self) -> str:
+        """Say what a run waits for that should have answered at once; "" where nothing."""
+        late = time.monotonic() - self.since > STUCK_SECONDS
+        return f"{self.doing} does not answer" if self.doing and late else ""
 
     # ---- a run from its beginning to its end
 
@@ -1775,7 +1787,9 @@ class Job:
         return self.prepare() or self.go_live()
 
     def read_environment(self) -> None:
+        self.doing = f"environment_file {self.hook.environment_file}"
         self.variables = file_variables(self.hook)
+        self.doing = ""
         self.hidden = [*self.hidden, *lines("\n".join(self.variables.values()))]
 
     def prepare(self) -> Optional[Outcome]:
@@ -1919,7 +1933,7 @@ class Job:
         if not text:
             return self.ending(0)
         if not facts:
-            self.changed = True
+            self.changed = self.changed or not self.hook.releases  # `switch` changes what is live
             self.mark("begun")  # a crash from here on counts as an attempt
         if name != "command":  # which shares its time with git
             self.deadline = time.monotonic() + self.hook.timeout
@@ -3390,9 +3404,12 @@ class Daemon:
 
     def is_over(self) -> bool:
         """Tell whether hookd is to stop and nothing runs that could be waited for."""
-        if time.monotonic() - self.stop_at > 3 * GRACE_SECONDS:  # a dead disk holds a thread
+        late = time.monotonic() - self.stop_at  # -inf where nobody wants a stop
+        if late > 3 * GRACE_SECONDS:
             return True
-        return self.stop_at != NEVER and all(job.through for job in self.jobs.values())
+        # A thread that waits for a dead file system never ends.
+        return self.stop_at != NEVER and all(job.through or (late > 0 and job.held_up())
+                                             for job in self.jobs.values())
 
     def turn(self) -> None:
         """Wait for the next thing to do, then do all there is."""
@@ -3527,7 +3544,19 @@ class Daemon:
             self.leave(Ended(job, Outcome("queued", 0, "no room for one more thread", 1.0), 0.0))
 
     def look_after(self) -> None:
-        """Keep systemd's line true."""
+        """Note jobs that are held up; keep systemd's line true."""
+        for job in list(self.jobs.values()):
+            why = job.held_up()
+            if why == job.complaint:
+                continue
+            job.complaint = why
+            if why:
+                log.warning("run %d is held up: %s: %s", job.run.id, why, job.run.push.place)
+            sql = "UPDATE runs SET note = ? WHERE id = ? AND state = 'running'"
+            with contextlib.suppress(sqlite3.Error, OSError, ConfigError), self.store.transaction():
+                self.store.execute(sql, why, job.run.id)
+        if any(job.doing for job in self.jobs.values()):
+            self.look_at = min(self.look_at, time.monotonic() + 1)
         hooks, running = len(self.config.hooks), len(self.jobs)
         line = f"STATUS=listening on {self.where}, hooks: {hooks}, running: {running}"
         if line != self.status and self.server.listeners:

@@ -2958,6 +2958,14 @@ class Git(Case):
         self.assertEqual(daemon.settled()["state"], "failed", daemon.output(2))
         self.assertEqual(len(daemon.seen()), 1)
 
+    def test_an_index_that_was_cut_short_is_made_anew(self):
+        origin, daemon = self.deployed()
+        os.truncate(self.home / "live/.git/index", 10)
+        new = origin.commit(page="two")
+        daemon.push()
+        self.assertEqual(daemon.settled()["commit"], new, daemon.output(2))
+        self.assertEqual(daemon.read("live/page"), "two")
+
     def test_the_remedy_for_another_repository_in_the_directory_works(self):
         new = self.repository().commit(page="one")
         Repository(self.home / "live").commit(page="precious")
@@ -5051,7 +5059,7 @@ class Scarcity(Case):
         for number in (1, 2):
             self.assert_answer(daemon.push(commit=sha(number)), 202)
             daemon.wait(lambda at=number: sha(at) in daemon.seen(), "the other hook")
-        self.wait_for_states(daemon, {1: "running", 2: "ok", 3: "ok"})
+        self.wait_for_status(daemon, "(?i)dead.*does not answer|does not answer.*dead")
         self.crash_or_stop(daemon)
         self.assert_answer(daemon.push(commit=sha(3)), 202)
         daemon.wait(lambda: sha(3) in daemon.seen(), "the other hook after the restart")
@@ -5064,7 +5072,7 @@ class Scarcity(Case):
         daemon.tell(signal.SIGTERM)
         began = time.monotonic()
         self.assertEqual(daemon.ended(), 0)
-        self.assertLess(time.monotonic() - began, 38)
+        self.assertLess(time.monotonic() - began, 20)
         daemon.start()
 
     def test_a_fifo_for_an_environment_file_stops_nobody(self):
