@@ -62,6 +62,7 @@ from email.utils import formatdate
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from http.server import BaseHTTPRequestHandler
+from operator import itemgetter
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
@@ -250,7 +251,8 @@ PLACES = "{repo} {owner} {name} {branch} {slug}"
 WORK = "work/{repo}/{slug}"
 SCRIPTS = ("command", "activate", "on_success", "on_failure", "on_delete")
 SECRETS = ("secret", "secret_file")
-NEEDS = {"releases": "git", "deploy_key": "git", "shared": "releases", "workflows": "event"}
+NEEDS = {"releases": ("git", "URL"), "deploy_key": ("git", "URL"), "shared": ("releases", "5"),
+         "workflows": ("event", "workflow_run")}
 FILES = ("state", "tls_cert", "tls_key", "page", "deploy_key", "directory", "environment_file",
          "report_token_file")
 # systemd.exec(5), EnvironmentFile=: quoted parts, which may span lines, then plain text.
@@ -297,7 +299,10 @@ def address(text: str) -> str:
 
 def networks(text: str) -> tuple[Any, ...]:
     import ipaddress
-    return tuple(map(ipaddress.ip_network, text.split()))
+    try:
+        return tuple(map(ipaddress.ip_network, text.split()))
+    except ValueError as error:
+        raise ValueError(f"{error}; write networks like 192.30.252.0/22 2a0a:a440::/29") from None
 
 
 def variables(text: str) -> tuple[tuple[str, str], ...]:
@@ -313,7 +318,7 @@ def read_variables(text: str) -> dict[str, str]:
     found = {}
     for name, quoted, _, _, plain in VARIABLE.findall(text):
         if name.startswith("HOOKD_"):
-            raise ValueError(f"it sets {name}; names that begin with HOOKD_ are hookd's own")
+            raise ValueError(f"it sets {name}; take that out, HOOKD_* are hookd's own")
         found[name] = "".join(single + re.sub(r'\\(?:\n|(["\\`$]))', r"\1", double)
                               for single, double in re.findall(QUOTED, quoted))
         found[name] += re.sub(r"\\(?:\n|([\s\S]))", r"\1", plain.rstrip())
@@ -321,8 +326,11 @@ def read_variables(text: str) -> dict[str, str]:
 
 
 def inner_paths(text: str) -> tuple[str, ...]:
-    if any({"", ".", "..", ".git"} & set(line.rstrip("/").split("/")) for line in lines(text)):
-        raise ValueError("leads out")
+    bad = [line for line in lines(text)
+           if {"", ".", "..", ".git"} & set(line.rstrip("/").split("/"))]
+    if bad:
+        raise ValueError(f"{', '.join(bad)} leads out of the release; write paths inside it, like "
+                         "uploads/ or .env")
     return lines(text)
 
 
@@ -361,8 +369,7 @@ class Hook:
     lock: str = key("", places(PLACES))
     catch_up: int = key("1h", form("no or a duration like 15m", f"no|{COUNT}[smhd]", amount))
     releases: int = key("no", form("no or a number from 2 up", f"no|(?!1$){COUNT}", amount))
-    shared: tuple[str, ...] = key("", form("paths inside the release, like uploads/ or .env",
-                                           convert=inner_paths))
+    shared: tuple[str, ...] = key("", inner_paths)
     activate: str = key("")
     healthcheck: str = key("", form("http://127.0.0.1:8000/ or unix:/run/app.sock:/",
                                     rf"{URL}|unix:/[^:]+:/\S*"))
@@ -389,7 +396,8 @@ class Hook:
         return bool(re.search(r"[*?\[]", self.repo + self.pattern))
 
     def matches(self, push: Push) -> bool:
-        return self.event == push.event and fnmatchcase(push.ref, self.ref_pattern)
+        mine = self.event == push.event or push.deleted  # whatever it runs for, its branch is gone
+        return mine and fnmatchcase(push.ref, self.ref_pattern)
 
 
 @dataclass(frozen=True)
@@ -415,18 +423,26 @@ class Config:
     quiet: bool = key("no", yes_or_no)
     page: str = key("")
     page_output: bool = key("no", yes_or_no)
-    allow_from: tuple[Any, ...] = key("", form("networks like 10.0.0.0/8", convert=networks))
+    allow_from: tuple[Any, ...] = key("", networks)
 
     @cached_property
     def secrets(self) -> tuple[str, ...]:
         hooks = (*self.hooks.values(), self.common)
         return tuple(dict.fromkeys(word for hook in hooks for word in hook.secret))
 
+    @cached_property
+    def places(self) -> dict[str, list[tuple[int, Hook]]]:
+        """The hooks of each repository or owner, with their places in the ini."""
+        found: dict[str, list[tuple[int, Hook]]] = {}
+        for place, hook in enumerate(self.hooks.values()):
+            found.setdefault(hook.repo.lower(), []).append((place, hook))
+        return found
+
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         name = repo.lower()
-        names = (name, name.partition("/")[0] + "/*")
-        return [hook for hook in self.hooks.values() if hook.repo.lower() in names]
+        both = self.places.get(name, []) + self.places.get(name.partition("/")[0] + "/*", [])
+        return [hook for _, hook in sorted(both, key=itemgetter(0))]
 
     def hook_for(self, push: Push) -> Optional[Hook]:
         """Return the hook that takes a push: the first match wins."""
@@ -468,9 +484,10 @@ class Ini:
                             secret_file=f"{self.state}/secret")
 
     def problem(self, section: str, key: str, fault: str, warns: bool = False) -> None:
-        if fault:
-            line = escape(f"{self.name}: [{section}]{' ' + key if key else ''}: {fault}")
-            (self.warnings if warns else self.problems).append(line)
+        known = self.warnings if warns else self.problems
+        place = escape(f"{self.name}: [{section}]{' ' + key if key else ''}: ")
+        if fault and not (key and any(line.startswith(place) for line in known)):
+            known.append(place + escape(fault))
 
     def value(self, section: str, key: str, text: str) -> Any:
         """Return what a setting says, where it stands; raise ValueError."""
@@ -492,11 +509,12 @@ class Ini:
         """Return what a section sets; report what is wrong, or looks so, with its settings."""
         values: dict[str, Any] = {}
         for key, text in self.levels[section].items():
-            values[key] = text  # not missing, if only to be mended
             try:
                 values[key] = self.value(section, key, text)
             except ValueError as error:
                 self.problem(section, key, str(error))
+                if key in ("git", "releases", "event"):
+                    values[key] = text  # not missing, if only to be mended
             script = rf"(?m)^\s*({'|'.join(KEYS)})\s+="
             taken = re.search(script if key in SCRIPTS else r"\s[#;]", text)
             if taken:
@@ -518,16 +536,16 @@ class Ini:
         own = self.levels[hook.section]  # a default need not concern every hook
         if not hook.command and not hook.git:
             self.problem(hook.section, "command", "is missing; set command, or git, or both")
-        for key, other in NEEDS.items():
+        for key, (other, value) in NEEDS.items():
             given, met = (getattr(hook, name) != KEYS[name]["default"] for name in (key, other))
             if given and not met and (key in own or key == "releases"):
-                self.problem(hook.section, key, f"needs {other}; set {other} as well")
+                self.problem(hook.section, key, f"needs {other}; set {other} = {value}")
         if hook.event == "workflow_run" and not hook.workflows:
             fault = "is not set, so any green workflow deploys; name the one that tests"
             self.problem(hook.section, "workflows", fault, warns=True)
 
-    def config(self, needs_hooks: bool = True) -> Config:
-        """Return the Config; with problems raise ConfigError, or leave out hooks and settings."""
+    def config(self, strict: bool = True) -> Config:
+        """Return the Config; with problems raise ConfigError, or leave out what is wrong."""
         self.values = {name: self.read(name) for name in self.levels}
         common = self.hook(self.default, "hookd")
         words = {name: name.split() for name in self.levels if name != "hookd"}
@@ -546,10 +564,8 @@ class Ini:
         own = self.values["hookd"]
         if bool(own.get("tls_cert")) != bool(own.get("tls_key")):
             self.problem("hookd", "tls_cert", "goes with tls_key; set both or neither")
-        if self.problems and needs_hooks:
+        if self.problems and strict:
             raise ConfigError(*dict.fromkeys(self.problems))
-        if self.problems:
-            hooks, own = {}, {}
         daemon = {key: value for key, value in own.items() if key not in HOOK_KEYS}
         return Config(self.name, hooks, common, self.levels, self.base,
                       **{**daemon, "state": self.state})
@@ -1286,6 +1302,8 @@ class Store:
             why = self.paused(number)
             return "for a free job" if why is None else f"paused: {why}"
         holder = self.holders().get(waits)
+        if holder == number:
+            return "for what its cut-off left to do"
         lock = f" ({waits})" if waits.startswith("lock ") else ""
         return f"behind run {holder}{lock}" if holder else f"for the {waits}"
 
@@ -1480,9 +1498,11 @@ def file_variables(hook: Hook) -> dict[str, str]:
             raise ValueError("it is no plain file")  # a pipe may have nobody at its other end
         with open(path or os.devnull, encoding="utf-8") as file:
             return read_variables(file.read())
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot read {path}: {why}; make it readable by hookd's user") from None
+    except OSError as error:
+        fault = f"{error.strerror}; make it readable by hookd's user"
+        raise OSError(f"cannot read {path}: {fault}") from None
+    except ValueError as error:
+        raise OSError(f"cannot read {path}: {error}") from None
 
 
 def base_environment(hook: Hook, more: Iterable[tuple[str, str]] = ()) -> dict[bytes, bytes]:
@@ -1891,9 +1911,10 @@ class Job:
                      f"another directory, empty this one, or if it may become one: {become}")
             return Outcome("failed", 1, redact(fault, ()))
         break_locks(dot_git)
-        tip, checked = f"refs/hookd/tip/{slug(push.ref)}", push.event == "workflow_run"
+        tip = f"refs/hookd/tip/{slug(push.ref)}"
+        checked = push.event == "workflow_run" and run.cause == "delivery"
         failure = self.git("fetch", FETCH, "" if have else remote, tip, run.goal)
-        if checked and not run.goal:
+        if checked:
             failure = failure or self.needless(push.commit, tip)
         return failure or self.name_commit(run.goal or (push.commit if checked else tip))
 
@@ -2756,7 +2777,8 @@ def replace_file(path: str, text: str) -> None:
 
 
 def write_page(directory: str, snapshot: Snapshot) -> None:
-    """Replace what changed in an existing directory, remove stale badges; raise OSError."""
+    """Replace what changed in a directory, remove stale badges; raise OSError."""
+    os.makedirs(directory, exist_ok=True)
     replace_file(f"{directory}/status.json", json.dumps(snapshot.targets, indent=1) + "\n")
     replace_file(f"{directory}/metrics.prom", metrics_text(snapshot))
     badges = {f"{directory}/badge/{target['repo']}/{slug(target['ref'])}.svg": badge_svg(target)
@@ -3684,7 +3706,10 @@ def become_owner(state: str, argv: Sequence[str]) -> None:
     """
     if os.geteuid() or not os.path.isdir(state) or not os.stat(state).st_uid:
         return
-    owner = pwd.getpwuid(os.stat(state).st_uid)
+    try:
+        owner = pwd.getpwuid(os.stat(state).st_uid)
+    except KeyError:
+        raise SystemExit(f"hookd: {state} belongs to a user without a name; chown it") from None
     os.initgroups(owner.pw_name, owner.pw_gid)
     os.setgid(owner.pw_gid)
     os.setuid(owner.pw_uid)
@@ -3701,11 +3726,14 @@ def read_ini(file: str) -> Ini:
     try:
         with open(file, encoding="utf-8-sig") as text:
             return Ini(name, base, text.read(), default_state())
+    except FileNotFoundError:
+        fault = "cannot be read: there is no such file; name the ini with -c FILE"
     except (OSError, ValueError) as error:
-        ini = Ini(name, base, "", default_state())
-        ini.problems.append(f"{file}: cannot be read: {error}; it has to be UTF-8 text that hookd "
-                            "may read (chmod 640, chgrp hookd): try sudo, or -c with another")
-        return ini
+        fault = (f"cannot be read: {error}; it has to be UTF-8 text that hookd may read (chmod "
+                 "640, chgrp hookd): try it with sudo")
+    ini = Ini(name, base, "", default_state())
+    ini.problems.append(f"{file}: {fault}")
+    return ini
 
 
 def make_secret(path: str) -> None:
@@ -3809,6 +3837,8 @@ def writable(path: str, root: str) -> str:
     above = path
     while not os.path.exists(root + above):
         above = os.path.dirname(above)
+    if not os.path.isdir(root + above):
+        return f"{above} is no directory; name another, or move it away"
     if os.access(root + above, os.W_OK | os.X_OK):
         return ""
     (user, group), home = own_names(), re.match("/home/[^/]+", path)
@@ -3844,7 +3874,9 @@ class Command:
         """Read the ini and become the owner of its state; raise ConfigError or SystemExit."""
         self.options, self.ini = options, read_ini(options.file)
         self.state = self.ini.state
-        self.config = self.ini.config(options.verb not in STATE_VERBS)
+        self.config = self.ini.config(options.verb not in (*STATE_VERBS, "check"))
+        if options.verb in STATE_VERBS and self.ini.problems:
+            self.config = replace(self.config, hooks={})  # any may be missing
         known = os.path.isdir(self.state)
         if not known and options.verb not in ("serve", "check"):
             raise SystemExit(f"hookd: there is no {self.state} yet; start hookd first, or try it "
@@ -3852,7 +3884,7 @@ class Command:
         become_owner(self.state, argv)
         if known and not os.access(self.state, os.R_OK | os.X_OK):
             raise SystemExit(f"hookd: {self.state}: permission denied; try it with sudo")
-        for problem in dict.fromkeys(self.ini.problems):
+        for problem in dict.fromkeys(self.ini.problems if options.verb in STATE_VERBS else ()):
             print(problem, file=sys.stderr)
         self.store = Store(self.state)
 
@@ -3900,10 +3932,14 @@ class Command:
         return self.store.runs(f"WHERE r.{name} = coalesce(?, r.{name}) {condition}", repo)
 
     def targets(self) -> list[dict[str, Any]]:
-        """Return the targets of REPO BRANCH or REPO, or all, without those that are gone."""
-        named = {run.target.id for run in self.runs()}  # tags share one target
-        rows = listed(self.store.overview(), self.config.hooks)
-        return [row for row in rows if row["target"] in named]
+        """Return the targets of REPO BRANCH, those of REPO that `status` lists, or all of them."""
+        rows, repo, store = self.store.overview(), self.options.repo, self.store
+        if self.options.branch:  # tags share one target
+            sql = "SELECT target FROM runs WHERE repo = ? AND ref IN (?, ?)"
+            named = {target for (target,) in store.execute(sql, repo, *self.refs)}
+            return [row for row in rows if row["target"] in named]
+        rows = listed(rows, self.config.hooks)
+        return [row for row in rows if not repo or row["repo"].lower() == repo.lower()]
 
     def find_hook(self, event: str = "") -> tuple[Optional[Hook], Push]:
         """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
@@ -3970,6 +4006,8 @@ class Command:
             with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 file.seek(shown)
                 for data in iter(partial(file.readline, CHUNK), b""):
+                    if state == "running" and len(data) < CHUNK and data[-1:] != b"\n":
+                        break  # half a secret would not be known as one
                     shown, last = shown + len(data), data[-1:]
                     show(data, self.hidden)
             if not following or state not in MOVES:
@@ -4029,27 +4067,25 @@ class Command:
         ini, words = self.ini, daemon_words(self.state)
         root = f"/proc/{words[1]}/root" if words else ""  # as the unit shows it to hookd
         root = root if os.access(f"{root}/", os.X_OK) else ""
-        self.check_daemon(words, root)
-        places: dict[str, str] = {}
-        for section, hook in self.config.hooks.items():
-            for key, fault in self.faults(hook, root):
-                ini.problem(section, key, fault)
-            pattern = fill(hook.directory, hook.repo.lower(), hook.ref_pattern)
-            place = os.path.normpath(pattern) if hook.releases else section
-            other = places.setdefault(place, section)
-            if other != section:
-                ini.problem(section, "directory", f"is that of [{other}] too; change one of them")
+        config = self.check_daemon(words, root)
+        for hook in config.hooks.values():
+            for key, fault in (*self.faults(hook, root), *self.clashes(hook)):
+                ini.problem(hook.section, key, fault)
+        self.warn_of_sudo(words[1] if words else "self")
         for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
             self.say(line, sys.stderr)
         table(["HOOK", "EVENT", "DIRECTORY"], (
             [hook.section, hook.event, hook.directory] for hook in self.config.hooks.values()))
         return 78 if ini.problems else 0
 
-    def check_daemon(self, words: Sequence[str], root: str) -> None:
-        """Try what [hookd] names and who can read secrets; compare with the hookd that runs."""
+    def check_daemon(self, words: Sequence[str], root: str) -> Config:
+        """Try what [hookd] names, compare it with the hookd that runs; return it with secrets."""
         ini, config = self.ini, self.config
         restart = "differs from the running hookd's; systemctl restart hookd"
-        read_secrets(config)
+        try:
+            config = read_secrets(config)
+        except ConfigError as error:
+            ini.problems += error.args
         ini.problem("hookd", "tls_cert", fault_of(tls_context, config))
         if words[2:] not in ([], [f"log={config.log}"]):
             ini.problem("hookd", "log", restart)
@@ -4066,23 +4102,57 @@ class Command:
                 if os.path.isfile(path) and os.stat(path).st_mode & 0o004:
                     fault = f"every user can read {path}; chmod o-r {path}"
                     ini.problem(section, key, fault, warns=True)
+        return config
 
     def faults(self, hook: Hook, root: str) -> Iterator[tuple[str, str]]:
         """Try what a hook names; yield each key with its fault, or ""."""
         yield "directory", writable(re.sub(r"/[^/]*\{.*", "", hook.directory) or "/", root)
-        if hook.deploy_key and not os.access(hook.deploy_key, os.R_OK):
-            yield "deploy_key", f"hookd cannot read {hook.deploy_key}; make it, or chown it"
+        key = hook.deploy_key
+        if key and not os.access(key, os.R_OK):
+            yield "deploy_key", f"hookd cannot read {key}; make it with ssh-keygen, or chown it"
+        elif key and os.stat(key).st_mode & 0o077:
+            yield "deploy_key", f"ssh refuses a key that others can read; chmod 600 {key}"
         for name in SCRIPTS:
             yield name, shell_fault(getattr(hook, name))
         yield "environment_file", fault_of(file_variables, hook)
-        if hook.git and self.options.online and not hook.repo.endswith("*"):
+        online = self.options.online and not hook.repo.endswith("*")
+        if hook.git and online:
             yield "git", fault_of(remote_refs, hook, hook.repo, self.state)
         elif hook.git:
             yield "git", fault_of(ask_git, ["--version"], base_environment(hook))
+        if hook.report_token and online:
+            yield "report_api", token_fault(hook.report_api, hook.report_token, hook.repo)
+
+    def clashes(self, hook: Hook) -> Iterator[tuple[str, str]]:
+        """Yield what the hooks above leave of this one, as `faults` does."""
+        def place(hook: Hook) -> str:
+            return os.path.normpath(fill(hook.directory, hook.repo.lower(), hook.ref_pattern))
+
+        hooks = list(self.config.hooks.values())
+        for other in hooks[: hooks.index(self.config.hooks[hook.section])]:
+            default = hook.directory == f"{self.state}/{WORK}"
+            if other.event == hook.event and other in self.config.hooks_for(hook.repo) and (
+                    fnmatchcase(hook.pattern, other.pattern)):
+                yield "", f"can never match: [{other.section}] above takes all; move this one up"
+            elif place(hook) == place(other) and (default or (hook.releases and other.releases)):
+                yield "directory", f"is that of [{other.section}] too; set directory in one of them"
+
+    def warn_of_sudo(self, pid: str) -> None:
+        fault, status = "sudo cannot work under NoNewPrivileges=; README has polkit", ""
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as file:
+            status = file.read()
+        for section, hook in self.config.hooks.items() if "NoNewPrivs:\t1" in status else ():
+            for key in SCRIPTS:
+                if re.search(r"\bsudo\b", getattr(hook, key)):
+                    self.ini.problem(section, key, fault, warns=True)
 
     def explain(self) -> int:
         """Print which hook takes REPO BRANCH, and each setting as it is for it; never a secret."""
-        (hook, push), rows = self.needed_hook(), []
+        (hook, push), rows, ini = self.find_hook(), [], self.ini
+        if hook is None:
+            ini.problems.append(f"{ini.name}: no hook takes {self.place}; add [{self.place}]")
+        if hook is None or ini.problems:
+            raise ConfigError(*dict.fromkeys(ini.problems))
         for key in HOOK_KEYS:
             value, level = getattr(hook, key), self.config.level_of(hook, key)
             text = self.config.levels[level][key] if level else HOOK_KEYS[key]["text"]
@@ -4131,14 +4201,17 @@ class Command:
         last = store.value("""SELECT state FROM runs WHERE target = ? AND seq IS NOT NULL
             AND state != 'superseded' ORDER BY seq DESC LIMIT 1""", target.id)
         if run:
-            good = [row for row in good if row[1] == run]
+            sql = """SELECT CASE restores WHEN 0 THEN id ELSE restores END, id, commit_id,
+                CASE state WHEN 'ok' THEN release ELSE '' END FROM runs
+                WHERE id = ? AND target = ? AND seq IS NOT NULL AND commit_id != ''"""
+            good = store.execute(sql, run, target.id).fetchall()
         elif wanted:
             good = [row for row in good if row[2] == wanted] or [(0, 0, wanted, "")]
         elif last == "ok" and good:
             origin, _, stands, _ = good[0]
             good = [row for row in good if row[1] < origin and row[2] != stands]
         if not good:
-            why = f"run {run} was not ok" if run else "no other commit was ok before"
+            why = f"run {run} deployed no commit" if run else "no other commit was ok before"
             raise SystemExit(f"hookd: there is nothing to go back to: {why}")
         origin, _, commit, release = good[0]
         return commit, release, origin
@@ -4193,7 +4266,9 @@ class Command:
 
     def pause(self) -> int:
         """hold back the runs of a branch, a repository, or all"""
-        place, store = self.pause_place(), self.store
+        place, store, config = self.pause_place(), self.store, self.config
+        if place[0] and config.hooks and not config.hooks_for(place[0]):
+            raise self.no_hook()
         with store.transaction():
             store.execute("DELETE FROM pauses WHERE repo = ? AND ref = ?", *place)
             store.pause(place, self.options.why or f"by {user_name()}")
@@ -4211,6 +4286,7 @@ class Command:
             store.execute("INSERT INTO asks VALUES (?, ?)", *place)
         wake_daemon(self.state)
         print(f"resumed {self.place}")
+        self.say_pauses("still paused")
         for row in self.targets():
             name = f"{row['repo']} {row['branch']}"
             seen = store.value("SELECT commit_id FROM heads WHERE target = ? AND ref = ?",
@@ -4279,11 +4355,14 @@ class Command:
         else:
             cells = map(self.cells, found)
             table(head.split(), ([row[name] for name in head.split()] for row in cells))
-            for repo, ref, why in store.execute("SELECT repo, ref, why FROM pauses"):
-                place = f"{repo} {short_name(ref)}".strip() or "everything"
-                self.say(f"paused: {place}: {why}")
+            self.say_pauses("paused")
             print(f"hookd is running, pid {up[1]}" if up else "hookd is not running")
         return 1 if not up or any(row["state"] not in (None, "ok") for row in rows) else 0
+
+    def say_pauses(self, word: str) -> None:
+        for repo, ref, why in self.store.execute("SELECT repo, ref, why FROM pauses"):
+            place = f"{repo} {short_name(ref)}".strip() or "everything"
+            self.say(f"{word}: {place}: {why}")
 
     def cells(self, facts: Facts) -> dict[str, Any]:
         """Return what the tables of `status` show of a target or a run, by column."""
@@ -4294,7 +4373,8 @@ class Command:
             began = store.value("SELECT began FROM runs WHERE id = ?", running)
             doing += [f"run {running} runs since {now - began:.0f} s", store.why(running)]
         if waiting:
-            doing.append(f"run {waiting[0]} of {len(waiting)} waits: {store.why(waiting[0])}")
+            more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+            doing.append(f"run {waiting[0]}{more} waits: {store.why(waiting[0])}".rstrip(": "))
         elif paused is not None:
             doing.append(f"paused: {paused}")
         return {
@@ -4376,6 +4456,8 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
 def main(argv: Sequence[str]) -> int:
     """Do what a command line asks; return the exit status."""
     options = arguments(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a locale without some letters
     try:
         return int(getattr(Command(options, argv), options.verb)())
     except ConfigError as error:

@@ -1309,11 +1309,11 @@ class Levels(Case):
             (("octo/site main", {}), ("octo/site refs/heads/mai?", {}), ""),
             (("octo/site main", {"directory": "a"}), ("octo/shop dev", {"directory": "a"}), ""),
             (("octo/site main", {"directory": "a", "releases": 3}),
-             ("octo/shop dev", {"directory": "a", "releases": 3}), "change one"),
+             ("octo/shop dev", {"directory": "a", "releases": 3}), "set directory"),
             (("octo/site main", {"directory": "a", "releases": 3}),
-             ("octo/site dev", {"directory": "b/../a/", "releases": 3}), "change one"),
+             ("octo/site dev", {"directory": "b/../a/", "releases": 3}), "set directory"),
             (("octo/site main", {"directory": "{name}", "releases": 3}),
-             ("octo/site dev", {"directory": "{name}", "releases": 3}), "change one"),
+             ("octo/site dev", {"directory": "{name}", "releases": 3}), "set directory"),
             (("octo/site main", {"directory": "{slug}", "releases": 3}),
              ("octo/shop dev", {"directory": "{slug}", "releases": 3}), ""))
         sections = {"": [], "refused": []}
@@ -6843,11 +6843,6 @@ class PageFiles(Case):
         self.assertFalse((self.home / "status.json").is_symlink())
         self.assertFalse((self.home / "index.html.new").is_symlink())
 
-    def test_a_directory_that_is_missing_is_not_made(self):
-        with self.assertRaises(FileNotFoundError):
-            hookd.write_page(str(self.home / "missing"), snapshot_of())
-        self.assertFalse((self.home / "missing").exists())
-
     def test_a_page_on_which_nothing_changes_is_written_again(self):
         script = self.home / "heartbeat.py"
         script.write_text(HEARTBEAT)
@@ -7005,7 +7000,7 @@ class Reports(ReportCase):
             daemon.wait(lambda: len(forge.taken) == 2 * number + 2, "the reports")  # noqa: B023
         forge.always = 401
         daemon.push(commit=sha("last"))
-        daemon.wait_for_log("the forge answers 401; is report_api right")
+        daemon.wait_for_log("401, the forge does not know the token")
         told = [line for line in daemon.log.splitlines() if "cannot be sent" in line]
         self.assertEqual(len(told), 2, told)
         self.assertIn("repo:status", told[0])
@@ -7182,14 +7177,23 @@ class Page(Case):
             for hidden in ("hunter2", "me:pass", secret):
                 self.assertNotIn(hidden, text)
 
-    def test_a_missing_folder_is_told_once_and_costs_no_run(self):
-        daemon = self.serve(hook(NOTE), page=self.home / "page")
+    def test_a_missing_folder_is_made(self):
+        self.page = self.home / "www/page"
+        daemon = self.serve(hook(NOTE), page=self.page)
+        daemon.push()
+        self.wait_for_text(daemon, "1 of 1 targets ok")
+
+    def test_a_folder_that_cannot_be_made_is_told_once_and_costs_no_run(self):
+        (self.home / "page").touch()
+        daemon = self.prepare(hook(NOTE), page=self.home / "page")
+        self.assertRegex(daemon.hookd("check").err, "page: .* is no directory")
+        daemon.start()
         for number in range(3):
             daemon.push(commit=sha(number))
             daemon.settle()
         daemon.wait_for_log("the page cannot be written")
         self.page = self.home / "page"
-        self.page.mkdir()
+        self.page.unlink()
         daemon.push(commit=sha("last"))
         daemon.settle()
         self.wait_for_text(daemon, "1 of 1 targets ok")
@@ -8735,7 +8739,7 @@ class Check(VerbCase):
         self.assertNotRegex(told, "url-password-x|env-file-value-5")
 
     def test_check_of_a_branch_that_no_hook_takes_says_so(self):
-        self.did(self.prepare(hook("true")), "check", "octo/site", "dev", code=1,
+        self.did(self.prepare(hook("true")), "check", "octo/site", "dev", code=78,
                  says="no hook.*octo/site dev")
 
 
