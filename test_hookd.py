@@ -2736,6 +2736,12 @@ class Runs(Case):
         daemon.wait_for("seen")
         self.assertEqual(daemon.settled()["state"], "ok")
 
+    def test_on_delete_also_runs_for_a_hook_that_waits_for_a_workflow(self):
+        """The branch's previews stay for ever, and what waits is deployed after all."""
+        daemon = self.serve(hook(NOTE, event="workflow_run", on_delete='touch "$HOME/gone"'))
+        self.assert_answer(daemon.post(deletion_of("main")), 202, "queued run 1")
+        daemon.wait((self.home / "gone").exists, "on_delete")
+
     def test_on_delete_runs_when_the_branch_is_deleted(self):
         daemon = self.serve(hook("touch page", "*", directory=self.home / "previews/{slug}",
                                  on_delete='cd /; rm -r "$HOME/previews/$HOOKD_SLUG"; '
@@ -3220,6 +3226,13 @@ class Commits(Case):
         self.assertEqual((daemon.seen(), daemon.read("live/page")), ([green], "green"))
         self.assertEqual(self.checked(daemon, red)["state"], "ok")
         self.assertEqual((daemon.seen(), daemon.read("live/page")), ([green, red], "red"))
+
+    def test_a_run_by_hand_needs_no_check(self):
+        """`run` on a workflow's hook ends `superseded`: its push names no commit."""
+        newest = self.repository().commit(page="one")
+        daemon = self.serve(self.deploying(event="workflow_run"))
+        told = daemon.hookd("run", "octo/site", "main")
+        self.assertEqual((told.code, daemon.seen()), (0, [newest]), told)
 
     def test_a_check_that_passes_late_brings_no_older_commit_back(self):
         """The slow check of an old commit, or its second run, rolls back."""
@@ -4322,6 +4335,17 @@ class RollbackOfReleases(Site):
         target = daemon.targets()["octo/site", "main"]
         self.assertEqual((target["state"], target["cause"], target["commit"]),
                          ("ok", "rollback", one))
+
+    def test_a_build_that_fails_leaves_no_pause(self):
+        """Nothing was switched, and yet pushes are held back."""
+        self.site(releases=2, command='! test -e "$HOME/broken"')
+        one = self.deploy("one")
+        for page in ("two", "three"):
+            self.deploy(page)
+        (self.home / "broken").touch()
+        self.roll_back(one, code=1)
+        self.assertIsNone(self.daemon.targets()["octo/site", "main"]["paused"])
+        self.assertEqual(self.daemon.read("live/current/page"), "three\n")
 
     def test_to_one_that_is_gone_it_is_built_anew(self):
         self.site(releases=2)
@@ -8738,6 +8762,17 @@ class Check(VerbCase):
                                  rf"{re.escape(level)}$")
         self.assertNotRegex(told, "url-password-x|env-file-value-5")
 
+    def test_what_the_ini_says_wrongly_hides_nothing_that_it_names(self):
+        """Mend one line, and the next fault shows: every problem is told at once."""
+        daemon = self.prepare(
+            hook("if", timeot="3m", deploy_key="/nowhere/key", git="/srv/origin",
+                 shared="../x\n/abs\nfine"),
+            hook("true", "dev", environment_file="/nowhere/variables"))
+        self.did(daemon, "check", code=78, says=(
+            "timeot.*did you mean timeout", r"\] command: sh cannot read it",
+            r"\] deploy_key: .*/nowhere/key", "environment_file: .*/nowhere/variables",
+            r"\] shared: \.\./x, /abs leads out", "octo/site dev +push"))
+
     def test_check_of_a_branch_that_no_hook_takes_says_so(self):
         self.did(self.prepare(hook("true")), "check", "octo/site", "dev", code=78,
                  says="no hook.*octo/site dev")
@@ -9454,6 +9489,30 @@ class Status(VerbCase):
     RUN = ("run", "state", "event", "cause", "commit", "subject", "pusher", "queued", "began",
            "ended", "duration", "exit", "note")
 
+    def test_the_runs_of_a_branch_are_listed_whatever_became_of_it(self):
+        """A branch whose run was cancelled, or that was deleted, has no history."""
+        daemon = self.serve(hook("true"))
+        self.did(daemon, "pause", "octo/site", "main")
+        daemon.push()
+        self.did(daemon, "cancel", "1")
+        self.did(daemon, "resume", "octo/site", "main")
+        self.assertEqual([run["state"] for run in self.history(daemon)], ["cancelled"])
+        daemon.push(commit=sha("next"))
+        daemon.settle()
+        daemon.post(deletion_of("main"))
+        self.assertEqual(daemon.targets(), {})
+        self.assertEqual([run["state"] for run in self.history(daemon)], ["ok", "cancelled"])
+
+    def test_a_locale_without_a_letter_stops_no_table(self):
+        """An umlaut in a subject ends `status` with a traceback."""
+        daemon = self.serve(hook("true"))
+        daemon.post(push_of(head_commit={"message": "Men\u00fc"}))
+        daemon.settle()
+        daemon.environment.update(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        told = daemon.hookd("status", umask=0o022)
+        self.assertEqual((told.code, told.err), (0, ""))
+        self.assertIn("Men\\xfc", told.out)
+
     def test_json_has_the_documented_members_for_targets_and_runs(self):
         daemon = self.serve(hook(HOLD, queue="every"))
         began = int(time.time())
@@ -9616,6 +9675,17 @@ class Log(VerbCase):
                 told = daemon.hookd("log", *words)
                 self.assertEqual((told.code, told.out), (0, f"words of run {wanted}\n"))
                 self.assertRegex(told.err, rf"run {wanted} ok")
+
+    def test_half_a_line_is_not_shown_while_the_other_half_may_come(self):
+        """A secret that is printed in two halves is no secret to whoever follows."""
+        daemon = self.serve(hook(f'echo first; printf %s "{SECRET[:-4]}"; {GATE}; '
+                                 f'echo "{SECRET[-4:]}"'))
+        daemon.push()
+        daemon.wait(lambda: SECRET[:-4] in daemon.output(1), "the first half")
+        self.assertEqual(daemon.hookd("log", "1").out, "first\n")
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(daemon.hookd("log", "1").out, "first\n***\n")
 
     def test_f_follows_a_run_that_still_waits(self):
         daemon = self.serve(hook(HOLD + 'echo "words of run $HOOKD_RUN"', queue="every"))
