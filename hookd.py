@@ -4087,7 +4087,8 @@ class Command:
         except ConfigError as error:
             ini.problems += error.args
         ini.problem("hookd", "tls_cert", fault_of(tls_context, config))
-        if words[2:] not in ([], [f"log={config.log}"]):
+        noted = [word for word in words if word.startswith("log=")]  # version 1.0 notes none
+        if noted not in ([], [f"log={config.log}"]):
             ini.problem("hookd", "log", restart)
         if "MAINPID" in os.environ and os.environ["MAINPID"] not in words:
             ini.problem("hookd", "state", restart)
