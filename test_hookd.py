@@ -8073,13 +8073,13 @@ class Endings(Brain):
         self.assertIsInstance(effects[-1], hookd.Done)
 
     def test_a_failed_rollback_that_changed_nothing_lifts_its_pause(self):
-        for changed, kept in ((False, 0), (True, 1)):
+        for state, changed, kept in (("failed", False, 0), ("failed", True, 1), ("ok", False, 1)):
             run = self.queue("a", "rollback")
             with self.store.transaction():
                 self.store.pause(("octo/site", "refs/heads/a"), "rolled back", run)
             self.turn()
             self.jobs[run].changed = changed
-            self.turn(self.ended(run, "failed", exit=1))
+            self.turn(self.ended(run, state))
             self.assertEqual(self.store.value("SELECT count(*) FROM pauses"), kept)
 
     def test_a_cancelled_rollback_that_never_began_lifts_its_pause(self):
@@ -8171,6 +8171,15 @@ class History(Brain):
                 self.store.pause(words, "mine" if why else "not mine")
             self.assertEqual(self.target("a")["paused"], why)
 
+    def test_releases_of_several_branches_share_a_line(self):
+        self.read(hook("true", "*", git="/srv/origin", releases="2", directory="/srv/site"))
+        self.turn(self.delivered("x"))
+        self.turn(self.ended(1))
+        self.turn(self.delivered("y"))
+        facts, = self.store.overview()
+        self.assertEqual((facts["branch"], facts["running"], facts["last_good"]),
+                         ("x", 2, self.row(1, "commit_id")))
+
     def test_tags_share_a_line_that_names_the_newest(self):
         self.read(hook("true", "refs/tags/v*", directory="/srv/site"))
         for tag in ("v1", "v2"):
@@ -8212,7 +8221,7 @@ class History(Brain):
         self.assertEqual(self.store.spelling("Octo/Site"), "Octo/Site")
         self.turn(self.delivered("a", repo="octo/Site"), self.delivered("a", repo="OCTO/site"))
         self.assertEqual(len(self.store.overview()), 1)
-        self.assertEqual(self.store.spelling("octo/site").lower(), "octo/site")
+        self.assertEqual(self.store.spelling("octo/site"), "octo/Site")
 
     def test_the_totals_count_what_began_and_never_go_back(self):
         self.read("[hookd]\nkeep = 1", hook("true", "a"), hook("true", "newest"))
