@@ -7580,7 +7580,9 @@ class Deliveries(Brain):
                 branch = f"late{number}"
                 self.read(hook("true", branch, **keys))
                 self.turn(self.delivered(branch, order=9))
-                text, = self.texts(self.turn(self.delivered(branch, order=8)))
+                effects = self.turn(self.delivered(branch, order=8))
+                text, = self.texts(effects)
+                self.assertEqual(self.answers(effects), [(branch, 202 if keys else 200)])
                 if keys:
                     self.assertRegex(text, "^queued run")
                 else:
@@ -7597,6 +7599,7 @@ class Deliveries(Brain):
                 ("an order of another event", {"order": 5, "event": "release"}, {"order": 4},
                  False),
                 ("no order behind one that has", {"order": 5}, {"before": first}, False),
+                ("an order behind none, older", {"before": second}, {"order": 5}, True),
                 ("no order, and it follows the newest", {}, {"before": first}, False),
                 ("no order, and it is where an older one began", {"before": second}, {}, True),
                 ("an equal order that follows", {"order": 5}, {"order": 5, "before": first}, False),
@@ -7797,6 +7800,22 @@ class WhatBegins(Brain):
         with self.store.transaction():
             self.store.pause(place, "rolled back again", 8)
         self.assertEqual(self.store.value(why), "rolled back again")
+
+    def test_a_rollbacks_pause_holds_back_all_that_share_its_releases(self):
+        self.read(hook("true", "*", git="/srv/origin", releases="2", directory="/srv/site"))
+        self.turn(self.delivered("x"))
+        self.turn(self.ended(1))
+        with self.store.transaction():
+            self.store.pause(("octo/site", "refs/heads/x"), "rolled back", 7, 1)
+        self.assertEqual(self.begun(self.turn(self.delivered("y"))), [])
+        self.assertEqual(self.store.why(2), "paused: rolled back")
+
+    def test_a_burst_goes_on_although_the_run_before_it_has_ended(self):
+        self.turn(self.delivered("newest"))
+        self.turn(self.delivered("newest"), begins=False)
+        end = self.row(2, "burst_end")
+        self.turn(self.ended(1), self.delivered("newest"), begins=False)
+        self.assertEqual(self.row(3, "waits, burst_end"), ("time", end))
 
     def test_a_burst_begins_when_it_is_quiet_and_at_its_end_at_last(self):
         self.turn(self.delivered("newest"))
@@ -8041,6 +8060,19 @@ class Endings(Brain):
             self.assertEqual(self.begun(self.turn()), [], "not at once")
             self.later(hookd.Reported(0))
             self.assertIn(1, self.jobs)
+
+    def test_a_switch_that_nobody_can_confirm_any_more_is_told(self):
+        self.turn(self.delivered())
+        self.write("UPDATE runs SET state = 'interrupted', owed = 1")
+        os.makedirs(f"{self.state}/runs/1")
+        for mark, level in (("made", []), ("switched", ["ERROR"])):
+            Path(self.state, "runs/1", mark).touch()
+            self.write("UPDATE runs SET owed = 1")
+            self.read(hook("true", "another"))
+            lines = self.lines(self.turn())
+            self.assertEqual([level for level, _ in lines], level)
+            self.assertEqual(self.row(1, "owed"), 0)
+        self.assertRegex(lines[0][1], r"no \[octo/site a\] .*/current stays unconfirmed")
 
     def test_a_crash_while_it_settles_leaves_the_way_back_alone(self):
         self.turn(self.delivered())
@@ -8333,6 +8365,13 @@ class Outbox(Brain):
         self.turn(hookd.Named(self.jobs[1], sha("tip"), ""))
         report, = self.reports(self.turn(self.ended(1, "superseded")))
         self.assertEqual(report.body["state"], "error")
+
+    def test_what_is_cancelled_before_it_began_shows_nothing(self):
+        self.begin_with()
+        self.turn(self.delivered("main"), begins=False)
+        with self.store.transaction():
+            self.store.move(1, "cancelled")
+        self.assertEqual(self.reports(self.turn()), [])
 
     def test_without_a_token_nothing_is_kept(self):
         self.begin_with(report_token="")
