@@ -62,7 +62,6 @@ from email.utils import formatdate
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from http.server import BaseHTTPRequestHandler
-from operator import itemgetter
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
@@ -430,19 +429,11 @@ class Config:
         hooks = (*self.hooks.values(), self.common)
         return tuple(dict.fromkeys(word for hook in hooks for word in hook.secret))
 
-    @cached_property
-    def places(self) -> dict[str, list[tuple[int, Hook]]]:
-        """The hooks of each repository or owner, with their places in the ini."""
-        found: dict[str, list[tuple[int, Hook]]] = {}
-        for place, hook in enumerate(self.hooks.values()):
-            found.setdefault(hook.repo.lower(), []).append((place, hook))
-        return found
-
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         name = repo.lower()
-        both = self.places.get(name, []) + self.places.get(name.partition("/")[0] + "/*", [])
-        return [hook for _, hook in sorted(both, key=itemgetter(0))]
+        owners = name.partition("/")[0] + "/*"
+        return [hook for hook in self.hooks.values() if hook.repo.lower() in (name, owners)]
 
     def hook_for(self, push: Push) -> Optional[Hook]:
         """Return the hook that takes a push: the first match wins."""
@@ -4129,10 +4120,10 @@ class Command:
         def place(hook: Hook) -> str:
             return os.path.normpath(fill(hook.directory, hook.repo.lower(), hook.ref_pattern))
 
-        hooks = list(self.config.hooks.values())
+        hooks, mine = list(self.config.hooks.values()), self.config.hooks_for(hook.repo)
         for other in hooks[: hooks.index(self.config.hooks[hook.section])]:
             default = hook.directory == f"{self.state}/{WORK}"
-            if other.event == hook.event and other in self.config.hooks_for(hook.repo) and (
+            if other.event == hook.event and other in mine and (
                     fnmatchcase(hook.pattern, other.pattern)):
                 yield "", f"can never match: [{other.section}] above takes all; move this one up"
             elif place(hook) == place(other) and (default or (hook.releases and other.releases)):
