@@ -862,7 +862,6 @@ CREATE TABLE pauses (
 CREATE TABLE reports (id INTEGER PRIMARY KEY AUTOINCREMENT, run INTEGER, state TEXT);
 CREATE TABLE totals (repo TEXT, branch TEXT, state TEXT, runs INTEGER, ended REAL,
     PRIMARY KEY (repo, branch, state)) WITHOUT ROWID;
-CREATE TABLE asks (repo TEXT, ref TEXT);        -- what `resume` wants catch-up to look at
 CREATE INDEX runs_of_target ON runs (target, seq);
 CREATE INDEX runs_waiting ON runs (waits, rank, id) WHERE state = 'queued';
 CREATE INDEX runs_timed ON runs (not_before) WHERE state = 'queued' AND waits = 'time';
@@ -2928,14 +2927,8 @@ class Line(NamedTuple):
     text: str
 
 
-class Ask(NamedTuple):
-    """Ask a repository's remotes now; "" means all."""
-
-    repo: str
-
-
 Event = Union[Delivered, Named, Ended, Found, Reported]
-Effect = Union[Answer, Begin, End, Done, Line, Ask, Report]
+Effect = Union[Answer, Begin, End, Done, Line, Report]
 REPORTED = {"pending": "pending", "ok": "success", "failed": "failure", "timeout": "failure"}
 
 
@@ -2984,10 +2977,6 @@ class Dispatcher:
         for number, running, wish, _ in busy:
             if running and wish:
                 yield End(number, wish)
-        asks = store.execute("SELECT DISTINCT repo FROM asks").fetchall()
-        for (repo,) in asks:
-            yield Ask(repo)
-            store.execute("DELETE FROM asks WHERE repo = ?", repo)
         if begins:
             for number, _, _, owed in busy:  # a crash's leftovers come first
                 if owed:
@@ -3297,6 +3286,7 @@ class Dispatcher:
 # and carries out what follows, each effect on its own. Threads leave events in `inbox`; they, the
 # verbs and signals wake the main thread through the FIFO `wake` of the state directory.
 
+LOOK, ASK = b"\0", b"?"  # into the FIFO: look at the queue; ask the remotes, too (`resume`)
 
 class Remotes:
     """Ask the remotes for what no delivery announced: at start, and every `catch_up`."""
@@ -3319,9 +3309,9 @@ class Remotes:
                      for name, hook in config.hooks.items()
                      if hook.git and hook.catch_up and hook.event == "push"}
 
-    def hurry(self, sections: Iterable[str]) -> None:
-        """Ask these hooks' remotes now."""
-        self.next.update((name, 0.0) for name in sections if name in self.next)
+    def hurry(self) -> None:
+        """Ask all remotes now."""
+        self.next = dict.fromkeys(self.next, 0.0)
 
     def start(self, config: Config, store: Store) -> None:
         """Ask those whose time has come, in a thread of their own."""
@@ -3446,11 +3436,12 @@ class Daemon:
         if event is not None:
             self.inbox.append(event)
         with contextlib.suppress(OSError):  # full: it is awake
-            os.write(self.ear, b"\0")
+            os.write(self.ear, LOOK)
 
     def hear(self) -> None:
         """Take note that a thread, a verb or a signal wants the queue looked at."""
-        os.read(self.ear, CHUNK)
+        if ASK in os.read(self.ear, CHUNK):
+            self.remotes.hurry()
         self.look_at = 0.0
 
     # ---- deliveries
@@ -3541,9 +3532,6 @@ class Daemon:
                 self.jobs.pop(effect.job.run.id, None)
                 for run in effect.forgotten:
                     shutil.rmtree(run_file(self.config.state, run), ignore_errors=True)
-            elif isinstance(effect, Ask):
-                self.remotes.hurry(hook.section for hook in self.config.hooks.values()
-                                   if not effect.repo or hook in self.config.hooks_for(effect.repo))
             elif isinstance(effect, Report):
                 self.messenger.send(effect)
         except Exception:
@@ -3780,11 +3768,11 @@ def daemon_address(config: Config) -> str:
     return config.listen
 
 
-def wake_daemon(state: str) -> None:
-    """Have the daemon look at its queue, if one is up and not awake already."""
+def wake_daemon(state: str, word: bytes = LOOK) -> None:
+    """Have the daemon, if it is up, look at its queue, or ask the remotes as well."""
     with contextlib.suppress(OSError):
         file = os.open(f"{state}/wake", os.O_WRONLY | os.O_NONBLOCK)
-        os.write(file, b"\0")
+        os.write(file, word)
         os.close(file)
 
 
@@ -4275,8 +4263,7 @@ class Command:
             if not store.lift("repo = ? AND ref = ?", *place):
                 raise SystemExit("hookd: no pause was made with these words; `hookd.py status` "
                                  "lists them")
-            store.execute("INSERT INTO asks VALUES (?, ?)", *place)
-        wake_daemon(self.state)
+        wake_daemon(self.state, ASK)
         print(f"resumed {self.place}")
         self.say_pauses("still paused")
         for row in self.targets():

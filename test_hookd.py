@@ -7700,14 +7700,10 @@ class Deliveries(Brain):
 
     def test_what_verbs_want_follows_from_the_next_turn(self):
         self.turn(self.delivered("a"))
-        self.write("INSERT INTO asks VALUES ('octo/site', ''), ('octo/site', 'x'), ('', '')")
         self.write("UPDATE runs SET wish = 'by mona'")
         effects = self.turn()
-        self.assertEqual({effect.repo for effect in effects if isinstance(effect, hookd.Ask)},
-                         {"", "octo/site"})
         self.assertEqual([effect for effect in effects if isinstance(effect, hookd.End)],
                          [hookd.End(1, "by mona")])
-        self.assertEqual([effect for effect in self.turn() if isinstance(effect, hookd.Ask)], [])
 
 
 class WhatBegins(Brain):
@@ -8271,21 +8267,21 @@ class History(Brain):
         self.assertEqual(self.store.value("PRAGMA synchronous"), 2)  # FULL
         self.assertEqual(self.store.value("PRAGMA journal_mode"), "wal")
         with self.assertRaises(KeyError), self.store.transaction():
-            self.store.execute("INSERT INTO asks VALUES ('octo/site', '')")
+            self.store.execute("INSERT INTO asked VALUES ('octo/site', '')")
             raise KeyError
         with self.store.transaction():
             with suppress(KeyError), self.store.savepoint():
-                self.store.execute("INSERT INTO asks VALUES ('octo/site', '')")
+                self.store.execute("INSERT INTO asked VALUES ('octo/site', '')")
                 raise KeyError
             with self.store.savepoint():
-                self.store.execute("INSERT INTO asks VALUES ('octo/app', '')")
+                self.store.execute("INSERT INTO asked VALUES ('octo/app', '')")
         with closing(hookd.Store(self.state)) as other:
-            self.assertEqual(other.execute("SELECT repo FROM asks").fetchall(), [("octo/app",)])
+            self.assertEqual(other.execute("SELECT hook FROM asked").fetchall(), [("octo/app",)])
 
     def test_a_database_that_was_removed_or_replaced_is_opened_anew(self):
         for name in ("hookd.db", "hookd.db-wal"):
             with self.subTest(name):
-                self.write("INSERT INTO asks VALUES (?, '')", name)
+                self.write("INSERT INTO asked VALUES (?, '')", name)
                 os.unlink(f"{self.state}/{name}")
                 self.turn(self.delivered("a"))
                 with closing(hookd.Store(self.state)) as other:
