@@ -1069,13 +1069,14 @@ class Store:
             WHERE id = ?"""
         self.execute(sql, push.event, push.order, push.commit, signature, target.id)
 
-    def see(self, target: Target, ref: str, commit: str) -> None:
+    def see(self, target: int, ref: str, commit: str) -> None:
         """Note the newest commit of a branch: catch-up need not report it."""
-        self.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", target.id, ref, commit)
+        self.execute("INSERT OR REPLACE INTO heads VALUES (?, ?, ?)", target, ref, commit)
 
-    def seen(self, target: Target, ref: str) -> str:
+    def seen(self, target: int, ref: str) -> Any:
+        """Return the commit that was noted last, "" after a deletion, None where none was."""
         sql = "SELECT commit_id FROM heads WHERE target = ? AND ref = ?"
-        return self.value(sql, target.id, ref) or ""
+        return self.value(sql, target, ref)
 
     def repositories(self, hook: Hook) -> list[str]:
         """Return a hook's repositories: its own, or of its owner's those that pushed before."""
@@ -2997,7 +2998,7 @@ class Dispatcher:
         target = store.target(hook, push.repo, push.ref)
         late = store.is_late(target, push, signature)
         if not late:
-            store.see(target, push.ref, push.commit)
+            store.see(target.id, push.ref, push.commit)
         # With git, a branch's late push deploys the newest commit all the same.
         converges = hook.git and target.ref and push.event == "push" and not push.deleted
         if late and not converges:
@@ -3048,9 +3049,9 @@ class Dispatcher:
             if not REF.fullmatch(ref) or self.config.hook_for(push) != hook:
                 continue
             target = store.target(hook, repo, ref)
-            if store.seen(target, ref) == commit:
+            if store.seen(target.id, ref) == commit:
                 continue
-            store.see(target, ref, commit)
+            store.see(target.id, ref, commit)
             if noted:
                 number = store.add(target, push, "catch-up", hook, payload=push_json(push))
                 if hook.queue != "every":
@@ -3196,16 +3197,14 @@ class Dispatcher:
 
     def note_head(self, job: Job, outcome: Outcome) -> None:
         """Note which commit of its branch a run saw; where it saw none, catch-up asks again."""
-        run, push = job.run, job.run.push
+        store, run, push = self.store, job.run, job.run.push
+        place = run.target.id, push.ref
+        before = push.before if run.cause == "run" else push.commit
         if outcome.unreachable:
-            self.store.execute("DELETE FROM heads WHERE target = ? AND ref = ?", run.target.id,
-                               push.ref)
-        elif job.commit and not run.goal and not push.deleted:
-            sql = """INSERT INTO heads (commit_id, target, ref) VALUES (?, ?, ?)
-                ON CONFLICT (target, ref) DO UPDATE SET commit_id = excluded.commit_id
-                WHERE commit_id IN (?, ?)"""  # what was seen while it ran stays the newest
-            before = push.before if run.cause == "run" else push.commit
-            self.store.execute(sql, job.commit, run.target.id, push.ref, push.commit, before)
+            store.execute("DELETE FROM heads WHERE target = ? AND ref = ?", *place)
+        elif (job.commit and not run.goal and not push.deleted
+                and store.seen(*place) in (None, push.commit, before)):
+            store.see(*place, job.commit)  # nothing newer was seen while it ran
 
     # ---- a stop or a crash
 
@@ -4162,7 +4161,7 @@ class Command:
         goal = self.full_commit(hook, push, commit) if commit else ""
         with store.transaction():
             target = store.target(hook, push.repo, push.ref)
-            seen = store.seen(target, push.ref)
+            seen = store.seen(target.id, push.ref) or ""
             push = push._replace(commit=goal or ("" if hook.git else seen), before=seen)
             number = store.add(target, push, "run", hook, payload=push_json(push),
                                goal=goal if hook.git else "")
@@ -4268,8 +4267,7 @@ class Command:
         self.say_pauses("still paused")
         for row in self.targets():
             name = f"{row['repo']} {row['branch']}"
-            seen = store.value("SELECT commit_id FROM heads WHERE target = ? AND ref = ?",
-                               row["target"], row["ref"])
+            seen = store.seen(row["target"], row["ref"])
             if seen and seen != row["last_good"] and not row["running"] and not row["waiting"]:
                 self.say(f"{name}: {seen[:7]} stays undeployed; `hookd.py run {name}` deploys the "
                          "newest commit")
