@@ -429,6 +429,11 @@ class Config:
         hooks = (*self.hooks.values(), self.common)
         return tuple(dict.fromkeys(word for hook in hooks for word in hook.secret))
 
+    @cached_property
+    def hidden(self) -> list[str]:
+        """What a run's log shows as ***; see also hidden_words."""
+        return [*self.secrets, *(hook.report_token for hook in self.hooks.values())]
+
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         name = repo.lower()
@@ -1103,8 +1108,8 @@ class Store:
         sql = f"INSERT INTO runs ({', '.join(facts)}) VALUES ({marks})"
         return self.execute(sql, *facts.values()).lastrowid or 0
 
-    def supersede(self, target: int, ref: str, replaces: bool = False) -> list[int]:
-        """Let a branch's newest waiting push take the place of those before it.
+    def supersede(self, hook: Hook, target: int, ref: str, replaces: bool = False) -> list[int]:
+        """Let a branch's newest waiting push take the place of older ones, unless each is to run.
 
         With `replaces` it also has the running one end. Behind a run it waits for the end of the
         burst, so that a burst costs two runs. Return the numbers of those replaced.
@@ -1114,7 +1119,7 @@ class Store:
         rows = self.execute(sql, target, ref).fetchall()
         running = [row for row in rows if row[1] == "running"]
         waiting = [row for row in rows if row[1] == "queued" and row[4]]
-        if not waiting:
+        if hook.queue == "every" or not waiting:
             return []
         *older, (newest, *_) = waiting
         for number, *_ in older:
@@ -1137,10 +1142,10 @@ class Store:
 
     def move(self, number: int, state: str, **facts: Any) -> None:
         """Make one move of a run, and write what follows; refuse a move that is not in MOVES."""
-        sql = """SELECT r.state, r.waits, r.cause, r.lock, t.directory, r.repo, r.ref, r.reported,
-            r.deleted FROM runs r JOIN targets t ON t.id = r.target WHERE r.id = ?"""
+        sql = """SELECT r.state, r.waits, r.cause, r.lock, t.directory, r.repo, r.ref, r.reported
+            FROM runs r JOIN targets t ON t.id = r.target WHERE r.id = ?"""
         row = self.execute(sql, number).fetchone()
-        old, waits, cause, lock, directory, repo, ref, reported, deleted = row
+        old, waits, cause, lock, directory, repo, ref, reported = row
         if state not in MOVES.get(old, ()):
             raise ValueError(f"run {number} cannot go from {old} to {state}")
         ends, now = state not in MOVES, time.time()
@@ -1150,7 +1155,7 @@ class Store:
         self.execute(f"UPDATE runs SET {changes} WHERE id = ?", state, *facts.values(), number)
         if state != "running" and not waits:  # else it kept nobody waiting
             self.wake(*lock_names(directory, lock))
-        if ends and (reported or (old == "running" and state != "superseded" and not deleted)):
+        if ends and (reported or (old == "running" and state != "superseded")):
             self.execute("INSERT INTO reports (run, state) VALUES (?, ?)", number, state)
         if ends and old == "running":
             sql = """INSERT INTO totals VALUES (?, ?, ?, 1, ?) ON CONFLICT (repo, branch, state)
@@ -2941,7 +2946,6 @@ class Dispatcher:
 
     def __init__(self, config: Config, store: Store, tell: Callable[[Any], None]) -> None:
         self.config, self.store, self.tell = config, store, tell
-        self.hidden: Sequence[str] = ()  # what the log shows as ***
         self.handed = 0  # the newest row of the outbox that was handed on
         self.steps: Mapping[type, Callable[[Any], Iterator[Effect]]] = {
             Delivered: self.delivered, Named: self.named, Ended: self.ended, Found: self.found,
@@ -3019,10 +3023,9 @@ class Dispatcher:
         """Put a push into the queue; return the answer, good once it is committed."""
         store = self.store
         number = store.add(target, push, "delivery", hook, payload=payload, delivery=delivery)
-        why, replaced = store.paused(number), []
-        if hook.queue != "every":
-            ends = hook.queue == "replace" and why is None
-            replaced = store.supersede(target.id, push.ref, ends)
+        why = store.paused(number)
+        ends = hook.queue == "replace" and why is None
+        replaced = store.supersede(hook, target.id, push.ref, ends)
         place = "".join(f", in place of run {old}" for old in replaced)
         held = "" if why is None else f"; paused: {escape(why)}"
         return f"queued run {number}: {push}{place}{held}"
@@ -3054,8 +3057,7 @@ class Dispatcher:
             store.see(target.id, ref, commit)
             if noted:
                 number = store.add(target, push, "catch-up", hook, payload=push_json(push))
-                if hook.queue != "every":
-                    store.supersede(target.id, ref)
+                store.supersede(hook, target.id, ref)
                 yield Line(logging.INFO, f"queued run {number}: {push}, found by catch-up")
 
     # ---- what begins
@@ -3105,7 +3107,7 @@ class Dispatcher:
         """Return a run's Job, with what it must know of the history."""
         kind, store = ReleaseJob if hook.releases and not run.push.deleted else Job, self.store
         job = kind(run, hook, self.config.state, self.tell)
-        job.began, job.hidden = began, self.hidden
+        job.began, job.hidden = began, self.config.hidden
         job.payload = store.value("SELECT payload FROM runs WHERE id = ?", run.id) or b""
         sql = "SELECT release, state FROM runs WHERE target = ? AND release != '' ORDER BY seq DESC"
         job.releases = store.execute(sql, run.target.id).fetchall()
@@ -3115,7 +3117,7 @@ class Dispatcher:
 
     def words(self, run: Run) -> str:
         """Return who and what is behind a run, for its lines in the log."""
-        pusher, subject = (escape(redact(text, self.hidden))
+        pusher, subject = (escape(redact(text, self.config.hidden))
                            for text in (run.push.pusher, run.push.subject))
         facts = {"pusher": pusher, "subject": subject and f'"{subject}"', "cause": run.cause,
                  "delivery": escape(run.delivery)}
@@ -3173,8 +3175,8 @@ class Dispatcher:
     def keep_newest(self, run: Run) -> None:
         """Let a branch's newest push take the place of a run that waits again."""
         hook = self.hook(run)
-        if hook and hook.queue != "every":
-            self.store.supersede(run.target.id, run.push.ref)
+        if hook:
+            self.store.supersede(hook, run.target.id, run.push.ref)
 
     def finished(self, event: Ended) -> Iterator[Effect]:
         """Record how a run ended."""
@@ -3242,9 +3244,8 @@ class Dispatcher:
     # ---- reports
 
     def report_pending(self, number: int) -> None:
-        sql = "UPDATE runs SET reported = 1 WHERE id = ? AND deleted = 0"
-        if self.store.execute(sql, number).rowcount:
-            self.store.execute("INSERT INTO reports (run, state) VALUES (?, 'pending')", number)
+        self.store.execute("UPDATE runs SET reported = 1 WHERE id = ?", number)
+        self.store.execute("INSERT INTO reports (run, state) VALUES (?, 'pending')", number)
 
     def reported(self, event: Reported) -> Iterator[Effect]:
         self.store.execute("DELETE FROM reports WHERE id = ?", event.report)
@@ -3262,7 +3263,7 @@ class Dispatcher:
                 self.store.execute("DELETE FROM reports WHERE id = ?", number)
 
     def report(self, number: int, run_id: int, state: str) -> Optional[Report]:
-        """Return the commit status for one state of a run; None where its hook has no token."""
+        """Return the commit status for one state of a run; None without a token or a commit."""
         for run in self.store.runs("WHERE r.id = ?", run_id):
             hook, push = self.hook(run), run.push
             if not hook or not hook.report_token or not push.commit:
@@ -3576,8 +3577,6 @@ class Daemon:
         tls = tls_context(config)
         listeners = self.listeners(config.listen, passed)
         self.server.tls, self.config, self.dispatcher.config = tls, config, config
-        tokens = [hook.report_token for hook in config.hooks.values()]
-        self.dispatcher.hidden = [*config.secrets, *tokens]
         self.server.room = max(BODIES_MAX, config.max_body + HEAD_MAX)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         spare = files - SPARE_FILES - JOB_FILES * config.jobs
