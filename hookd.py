@@ -2806,9 +2806,9 @@ def note_fault(known: dict[str, set[str]], what: str, done: str, fault: str) -> 
 
 
 class Messenger:
-    """Send reports, then call `done(report.id)`, and `write()` the page: in a thread each."""
+    """Send reports and hand each to `done`; call `write` for the page. Each has a thread."""
 
-    def __init__(self, done: Callable[[int], None], write: Callable[[], None]) -> None:
+    def __init__(self, done: Callable[[Report], None], write: Callable[[], None]) -> None:
         self.done, self.write = done, write
         self.reports: SimpleQueue[Optional[Report]] = SimpleQueue()
         self.changed, self.closing = threading.Event(), threading.Event()
@@ -2847,7 +2847,7 @@ class Messenger:
                         time.sleep(max(delay, wait))
                         fault, wait = send_report(report)
                 note_fault(self.faults, f"a report on {report.repo} to {report.api}", "sent", fault)
-                self.done(report.id)
+                self.done(report)
             except Exception:
                 log.exception("a bug in hookd, in a report; please report this")
 
@@ -2891,12 +2891,6 @@ class Found(NamedTuple):
     heads: Mapping[str, str]
 
 
-class Reported(NamedTuple):
-    """A commit status that was sent, or given up."""
-
-    report: int
-
-
 class Answer(NamedTuple):
     """Answer a delivery."""
 
@@ -2933,8 +2927,8 @@ class Line(NamedTuple):
     text: str
 
 
-Event = Union[Delivered, Named, Ended, Found, Reported]
-Effect = Union[Answer, Begin, End, Done, Line, Report]
+Event = Union[Delivered, Named, Ended, Found, Report]  # a Report that was sent, or given up
+Effect = Union[Answer, Begin, End, Done, Line, Report]  # a Report to be sent
 REPORTED = {"pending": "pending", "ok": "success", "failed": "failure", "timeout": "failure"}
 
 
@@ -2949,7 +2943,7 @@ class Dispatcher:
         self.handed = 0  # the newest row of the outbox that was handed on
         self.steps: Mapping[type, Callable[[Any], Iterator[Effect]]] = {
             Delivered: self.delivered, Named: self.named, Ended: self.ended, Found: self.found,
-            Reported: self.reported}
+            Report: self.reported}
 
     def turn(self, events: Sequence[Event], begins: bool) -> list[Effect]:
         """Apply events and, with `begins`, start what can begin; raise what the database raises."""
@@ -3247,8 +3241,8 @@ class Dispatcher:
         self.store.execute("UPDATE runs SET reported = 1 WHERE id = ?", number)
         self.store.execute("INSERT INTO reports (run, state) VALUES (?, 'pending')", number)
 
-    def reported(self, event: Reported) -> Iterator[Effect]:
-        self.store.execute("DELETE FROM reports WHERE id = ?", event.report)
+    def reported(self, report: Report) -> Iterator[Effect]:
+        self.store.execute("DELETE FROM reports WHERE id = ?", report.id)
         yield from ()
 
     def outbox(self) -> Iterator[Effect]:
@@ -3372,7 +3366,7 @@ class Daemon:
         self.complain_at = 0.0  # when a sick database is logged again
         self.hints: dict[str, str] = {}  # which secret a GitHub webhook signed with last
         self.noise, self.remotes = Noise(), Remotes(self.leave)
-        self.messenger = Messenger(lambda report: self.leave(Reported(report)), self.write_page)
+        self.messenger = Messenger(self.leave, self.write_page)
         self.up = True
         usec = os.environ.get("WATCHDOG_USEC", "")
         self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)

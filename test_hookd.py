@@ -6316,7 +6316,7 @@ import sys, threading
 from {Path(__file__).stem} import hookd, report_of
 done = []
 painted = []
-messenger = hookd.Messenger(done.append, lambda: painted.append(True))
+messenger = hookd.Messenger(lambda report: done.append(report.id), lambda: painted.append(True))
 threading.stack_size(1 << 46)  # more than there is: each start fails as it does at a limit
 messenger.send(report_of(1, sys.argv[1], state="pending"))
 messenger.show()
@@ -6358,7 +6358,8 @@ class ReportCase(Case):
     def messenger(self):
         self.done = []
         self.written = []
-        return hookd.Messenger(self.done.append, lambda: self.written.append(True))
+        return hookd.Messenger(lambda report: self.done.append(report.id),
+                               lambda: self.written.append(True))
 
     def wait_until_done(self, *numbers):
         wait_for(lambda: len(self.done) >= len(numbers), "the reports", lambda: str(self.done))
@@ -8054,7 +8055,7 @@ class Endings(Brain):
             self.assertEqual(self.row(1, "state, owed, note"), ("interrupted", 1, "cut off twice"))
             self.assertLessEqual(self.store.next_time(), 0.5)
             self.assertEqual(self.begun(self.turn()), [], "not at once")
-            self.later(hookd.Reported(0))
+            self.later()
             self.assertIn(1, self.jobs)
 
     def test_a_switch_that_nobody_can_confirm_any_more_is_told(self):
@@ -8322,7 +8323,7 @@ class Outbox(Brain):
                 end, = self.reports(self.turn(self.ended(run, state, note="so" * 100)))
                 self.assertEqual(end.body["state"], shown)
                 self.assertEqual(end.body["description"], f"run {run} {state}: {'so' * 100}"[:140])
-                self.turn(hookd.Reported(pending.id), hookd.Reported(end.id))
+                self.turn(pending, end)
                 self.assertEqual(self.store.value("SELECT count(*) FROM reports"), 0)
 
     def test_with_git_a_run_is_pending_once_its_commit_is_known(self):
