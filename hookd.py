@@ -2900,12 +2900,6 @@ class Answer(NamedTuple):
     text: str
 
 
-class Begin(NamedTuple):
-    """Give a job its thread."""
-
-    job: Job
-
-
 class End(NamedTuple):
     """Have a running run end."""
 
@@ -2928,7 +2922,7 @@ class Line(NamedTuple):
 
 
 Event = Union[Delivered, Named, Ended, Found, Report]  # a Report that was sent, or given up
-Effect = Union[Answer, Begin, End, Done, Line, Report]  # a Report to be sent
+Effect = Union[Answer, Job, End, Done, Line, Report]  # a Job to begin, a Report to send
 REPORTED = {"pending": "pending", "ok": "success", "failed": "failure", "timeout": "failure"}
 
 
@@ -3083,7 +3077,7 @@ class Dispatcher:
             if not hook.git and run.push.commit:
                 self.report_pending(number)
             commit = run.push.place if hook.git else run.push
-            yield Begin(self.job(run, hook, f"run {number} began: {commit}{self.words(run)}"))
+            yield self.job(run, hook, f"run {number} began: {commit}{self.words(run)}")
 
     def settle(self, number: int) -> Iterator[Effect]:
         """Have a job do what a cut-off run left to do."""
@@ -3091,8 +3085,7 @@ class Dispatcher:
         hook = self.hook(run)
         self.store.execute("UPDATE runs SET owed = ? WHERE id = ?", 3 if hook else 0, number)
         if hook:
-            job = self.job(run, hook, f"run {number} was cut off; cleaning up: {run.push}")
-            yield Begin(job)
+            yield self.job(run, hook, f"run {number} was cut off; cleaning up: {run.push}")
         elif os.path.exists(run_file(self.store.state, number, "switched")):
             yield Line(logging.ERROR, f"run {number}: the ini has no [{run.target.hook}] any more, "
                        f"so {run.target.directory}/current stays unconfirmed: {run.push}")
@@ -3518,8 +3511,8 @@ class Daemon:
                 self.reply(effect)
             elif isinstance(effect, Line):
                 log.log(effect.level, "%s", effect.text)
-            elif isinstance(effect, Begin):
-                self.begin(effect.job)
+            elif isinstance(effect, Job):
+                self.begin(effect)
             elif isinstance(effect, End) and effect.run in self.jobs:
                 self.jobs[effect.run].end("cancelled", effect.why)
             elif isinstance(effect, Done):

@@ -7327,8 +7327,8 @@ class Brain(unittest.TestCase):
         """Return what follows from events; keep the jobs that began."""
         effects = self.dispatcher.turn(events, begins)
         for effect in effects:
-            if isinstance(effect, hookd.Begin):
-                self.jobs[effect.job.run.id] = effect.job
+            if isinstance(effect, hookd.Job):
+                self.jobs[effect.run.id] = effect
             if isinstance(effect, hookd.Done):
                 self.jobs.pop(effect.job.run.id, None)
         return effects
@@ -7364,7 +7364,7 @@ class Brain(unittest.TestCase):
         return found if "," in names else found[0]
 
     def begun(self, effects):
-        return [effect.job.run.id for effect in effects if isinstance(effect, hookd.Begin)]
+        return [effect.run.id for effect in effects if isinstance(effect, hookd.Job)]
 
     def answers(self, effects):
         return [(effect.connection, effect.status) for effect in effects
