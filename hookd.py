@@ -651,10 +651,10 @@ def check_head(config: Config, request: BaseHTTPRequestHandler, length: int) -> 
            (not kind, 415, "Content-Type missing"))
 
 
-def authenticate(secrets: Iterable[str], signature: str, body: bytes) -> str:
+def authenticate(secrets: Sequence[str], signature: str, body: bytes) -> str:
     """Return the secret that signed the raw body; callers put the likeliest first."""
     # A stranger's 25 MB, hashed for each of many secrets, would cost seconds.
-    for secret in list(secrets)[: HASHED_MAX // (len(body) + 1)]:
+    for secret in secrets[: HASHED_MAX // (len(body) + 1)]:
         right = f"sha256={hmac.digest(secret.encode(), body, 'sha256').hex()}"
         if secret and hmac.compare_digest(right.encode(), signature.encode()):
             return secret
@@ -3459,7 +3459,8 @@ class Daemon:
     def decide(self, headers: Mapping[str, str], body: bytes) -> Decision:
         """Return what judgement makes of a request; raise Refusal for a signature of nobody."""
         webhook = headers.get("x-github-hook-id", "")[:20]
-        secrets = dict.fromkeys(filter(None, [self.hints.get(webhook), *self.config.secrets]))
+        likeliest = self.hints.get(webhook)
+        secrets = sorted(self.config.secrets, key=lambda secret: secret != likeliest)
         secret = authenticate(secrets, headers["x-hub-signature-256"], body)
         if len(self.hints) < 1000:
             self.hints[webhook] = secret

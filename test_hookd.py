@@ -5805,6 +5805,13 @@ class Secrets(Case):
                                  secret=f"secret {self.COUNT - 1}")
             self.assert_answer(answer, 202, last)
 
+    def test_a_secret_that_was_replaced_signs_nothing_even_for_a_webhook_that_is_known(self):
+        daemon = self.serve(hook("true"))
+        self.assert_answer(daemon.post(push_of(), X_GitHub_Hook_ID=7), 202)
+        self.reload(daemon, hook("true"), secret="another")
+        answer = daemon.post(push_of(), secret=SECRET, X_GitHub_Hook_ID=7)
+        self.assert_answer(answer, 403, "signature does not match")
+
     def test_the_work_for_a_large_body_does_not_grow_with_the_secrets(self):
         body = b"x" * 25_000_000
         few = self.serve(*self.sections()[:4])
