@@ -2963,18 +2963,12 @@ class Dispatcher:
 
     def follow(self, begins: bool) -> Iterator[Effect]:
         """Yield what follows from all events together, and from what verbs have written."""
-        store, now = self.store, time.time()
-        busy = store.execute("""SELECT id, state = 'running', wish, owed IN (1, 2) AND
-            not_before <= ? FROM runs INDEXED BY runs_busy WHERE state = 'running' OR owed > 0""",
-                             now).fetchall()
-        for number, running, wish, _ in busy:
-            if running and wish:
-                yield End(number, wish)
+        sql = "SELECT id, wish FROM runs WHERE state = 'running' AND wish != ''"
+        for number, wish in self.store.execute(sql).fetchall():
+            yield End(number, wish)
         if begins:
-            for number, _, _, owed in busy:  # a crash's leftovers come first
-                if owed:
-                    yield from self.settle(number)
-            yield from self.begin(sum(1 for row in busy if row[1]))
+            yield from self.settle()  # a crash's leftovers come first
+            yield from self.begin()
         yield from self.outbox()
 
     def hook(self, run: Run) -> Optional[Hook]:
@@ -3050,9 +3044,10 @@ class Dispatcher:
 
     # ---- what begins
 
-    def begin(self, running: int) -> Iterator[Effect]:
+    def begin(self) -> Iterator[Effect]:
         """Choose what begins, while there are free jobs."""
         store, jobs = self.store, self.config.jobs
+        running = store.value("SELECT count(*) FROM runs WHERE state = 'running'")
         store.wake_timed()
         while running < jobs:
             # A pattern's run never takes the last of several jobs: a preview holds nothing up.
@@ -3079,16 +3074,17 @@ class Dispatcher:
             commit = run.push.place if hook.git else run.push
             yield self.job(run, hook, f"run {number} began: {commit}{self.words(run)}")
 
-    def settle(self, number: int) -> Iterator[Effect]:
-        """Have a job do what a cut-off run left to do."""
-        run = self.store.runs("WHERE r.id = ?", number)[0]
-        hook = self.hook(run)
-        self.store.execute("UPDATE runs SET owed = ? WHERE id = ?", 3 if hook else 0, number)
-        if hook:
-            yield self.job(run, hook, f"run {number} was cut off; cleaning up: {run.push}")
-        elif os.path.exists(run_file(self.store.state, number, "switched")):
-            yield Line(logging.ERROR, f"run {number}: the ini has no [{run.target.hook}] any more, "
-                       f"so {run.target.directory}/current stays unconfirmed: {run.push}")
+    def settle(self) -> Iterator[Effect]:
+        """Have jobs do what cut-off runs left to do."""
+        store = self.store
+        for run in store.runs("WHERE r.owed > 0 AND r.owed < 3 AND r.not_before <= ?", time.time()):
+            hook = self.hook(run)
+            store.execute("UPDATE runs SET owed = ? WHERE id = ?", 3 if hook else 0, run.id)
+            if hook:
+                yield self.job(run, hook, f"run {run.id} was cut off; cleaning up: {run.push}")
+            elif os.path.exists(run_file(store.state, run.id, "switched")):
+                yield Line(logging.ERROR, f"run {run.id}: the ini has no [{run.target.hook}] any "
+                           f"more, so {run.target.directory}/current stays unconfirmed: {run.push}")
 
     def job(self, run: Run, hook: Hook, began: str) -> Job:
         """Return a run's Job, with what it must know of the history."""
