@@ -1717,8 +1717,8 @@ class Job:
         for file in self.locks:
             fcntl.flock(file, fcntl.LOCK_UN)  # for the children that hold it, too
             os.close(file)
-        self.through = True
         self.tell(Ended(self, outcome, time.monotonic() - self.since))
+        self.through = True  # not before: a stop may follow at once, and must not miss the end
 
     def perform(self) -> Outcome:
         """Take the locks, then do all that the hook says."""

@@ -7435,6 +7435,14 @@ class Decisions(Brain):
         effects = self.turn(self.delivered("gone"))
         self.assertEqual(self.begun(effects), [3], "the queue goes on")
 
+    def test_a_job_hands_over_its_end_before_a_stop_may_count_it_as_ended(self):
+        self.dispatcher.tell = lambda event: ends.append(event.job.through)
+        ends = []
+        self.turn(self.delivered())
+        self.jobs[1].perform = lambda: hookd.Outcome("ok")
+        self.jobs[1].work()
+        self.assertEqual((ends, self.jobs[1].through), ([False], True))
+
     def test_a_second_end_of_a_run_changes_nothing(self):
         self.turn(self.delivered())
         end = self.ended(1)
