@@ -3479,13 +3479,11 @@ class Daemon:
         now = time.monotonic()
         if not delivered and not self.inbox and now < self.look_at:
             return
-        events: list[Event] = [*self.inbox, *delivered]
-        heard = self.look_at == 0.0
-        waited, self.look_at = len(self.inbox), now + NOISE_SECONDS
+        inbox, begins = list(self.inbox), self.stop_at == NEVER  # threads go on adding to it
+        self.look_at = now + NOISE_SECONDS
         try:
-            begins = self.stop_at == NEVER
-            effects = self.dispatcher.turn(events, begins)
-            del self.inbox[:waited]
+            effects = self.dispatcher.turn([*inbox, *delivered], begins)
+            del self.inbox[: len(inbox)]
             if begins:
                 self.look_at = min(self.look_at, now + self.store.next_time())
         except (sqlite3.Error, OSError, ConfigError) as error:
@@ -3497,7 +3495,7 @@ class Daemon:
             self.look_at = now + 1
         for effect in effects:
             self.carry_out(effect)
-        if self.config.page and (effects or heard):
+        if self.config.page:
             self.messenger.show()
         self.look_after()
 
