@@ -863,7 +863,7 @@ CREATE TABLE runs (
 CREATE TABLE pauses (
     id INTEGER PRIMARY KEY, repo TEXT COLLATE NOCASE, ref TEXT, target INTEGER,
     run INTEGER,                                -- the rollback that made it
-    why TEXT, since REAL, UNIQUE (repo, ref));
+    why TEXT, UNIQUE (repo, ref));
 CREATE TABLE reports (id INTEGER PRIMARY KEY AUTOINCREMENT, run INTEGER, state TEXT);
 CREATE TABLE totals (repo TEXT, branch TEXT, state TEXT, runs INTEGER, ended REAL,
     PRIMARY KEY (repo, branch, state)) WITHOUT ROWID;
@@ -1222,10 +1222,9 @@ class Store:
 
     def pause(self, words: tuple[str, str], why: str, run: int = 0, target: int = 0) -> None:
         """Hold back runs of a repository and ref, "" for any; a person's pause keeps its reason."""
-        self.execute("""INSERT INTO pauses (repo, ref, target, run, why, since)
-            VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (repo, ref) DO UPDATE
-            SET why = excluded.why WHERE run""",
-                     *words, target or None, run, why, time.time())
+        sql = """INSERT INTO pauses (repo, ref, target, run, why) VALUES (?, ?, ?, ?, ?)
+            ON CONFLICT (repo, ref) DO UPDATE SET why = excluded.why WHERE run"""
+        self.execute(sql, *words, target or None, run, why)
 
     def lift(self, where: str, *values: Any) -> int:
         """Lift the pauses that match; what waited for one may begin. Return how many."""
@@ -1311,15 +1310,15 @@ RUN_FACTS = ("run", "state", "event", "cause", "commit", "subject", "pusher", "q
              "ended", "duration", "exit", "note")
 
 
-def listed(rows: Iterable[dict[str, Any]],
-           hooks: Optional[Mapping[str, Hook]]) -> list[dict[str, Any]]:
-    """Return the targets that `status` lists: at work, or with a run, a branch and a hook."""
-    def place(row: Mapping[str, Any]) -> str:
-        hook = hooks.get(row["hook"]) if hooks else None
-        return fill(hook.directory, row["repo"], row["ref"]) if hook else ""
-
-    return [row for row in rows if row["running"] or row["waiting"] or (
-        row["run"] and not row["gone"] and (not hooks or row["directory"] == place(row)))]
+def listed(row: Mapping[str, Any], hooks: Mapping[str, Hook]) -> bool:
+    """Tell whether `status` lists a target: it is at work, or has a run, a branch and a hook."""
+    if row["running"] or row["waiting"]:
+        return True
+    if row["gone"] or not row["run"]:
+        return False
+    hook = hooks.get(row["hook"])
+    place = fill(hook.directory, row["repo"], row["ref"]) if hook else ""
+    return not hooks or row["directory"] == place  # without hooks: the ini is broken
 
 
 def clean(facts: Mapping[str, Any], names: Sequence[str], hidden: Sequence[str]) -> dict[str, Any]:
@@ -2765,8 +2764,7 @@ def replace_file(path: str, text: str) -> None:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read() == data:
             return
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(f"{path}.new")
+    discard(f"{path}.new")
     with open(f"{path}.new", "xb") as file:  # which follows no link
         file.write(data)
     os.replace(f"{path}.new", path)
@@ -3328,7 +3326,7 @@ def read_page(config: Config, up: bool) -> Snapshot:
     hidden, output = hidden_words(config), {}
     with contextlib.closing(Store(config.state)) as store:
         store.execute("BEGIN")  # all of one instant
-        rows = listed(store.overview(), config.hooks)
+        rows = [row for row in store.overview() if listed(row, config.hooks)]
         runs = [[clean(facts, RUN_FACTS, hidden) for facts in history(store, row["target"], 10)]
                 for row in rows]
         totals = store.execute("SELECT * FROM totals").fetchall()
@@ -3897,8 +3895,8 @@ class Command:
             sql = "SELECT target FROM runs WHERE repo = ? AND ref IN (?, ?)"
             named = {target for (target,) in store.execute(sql, repo, *self.refs)}
             return [row for row in rows if row["target"] in named]
-        rows = listed(rows, self.config.hooks)
-        return [row for row in rows if not repo or row["repo"].lower() == repo.lower()]
+        return [row for row in rows if listed(row, self.config.hooks)
+                and (not repo or row["repo"].lower() == repo.lower())]
 
     def find_hook(self, event: str = "") -> tuple[Optional[Hook], Push]:
         """Return the hook of REPO BRANCH, None where there is none, and the push that starts it."""
