@@ -815,7 +815,8 @@ def push_json(push: Push) -> bytes:
 
 # ======================================================================================== store
 # SQLite holds the queue and the history. Each transaction is on disk (WAL, synchronous=FULL) before
-# anything that follows from it happens. Verbs open the same database: what they want is a row too.
+# anything that follows from it happens. Verbs open the same database: a run that they want begun,
+# ended or held back is a row too.
 #
 # A run is a row, and its state moves by one function, `Store.move`, along MOVES: nothing else
 # knows, or caches, what a run is. The payload stays in the row until the run has ended.
@@ -2944,6 +2945,8 @@ class Dispatcher:
             for event in events:
                 effects += self.guarded(self.steps[type(event)](event), event)
             effects += self.guarded(self.follow(begins))
+        handed = [effect.id for effect in effects if isinstance(effect, Report)]
+        self.handed = max([self.handed, *handed])  # only now: a failed commit frees their numbers
         return effects
 
     def guarded(self, step: Iterator[Effect], event: Optional[Event] = None) -> list[Effect]:
@@ -3236,7 +3239,6 @@ class Dispatcher:
         """Hand on the commit statuses that moves have put into the outbox."""
         sql = "SELECT id, run, state FROM reports WHERE id > ? ORDER BY id"
         for number, run, state in self.store.execute(sql, self.handed).fetchall():
-            self.handed = number
             report = self.report(number, run, state)
             if report:
                 yield report
@@ -3262,7 +3264,7 @@ class Dispatcher:
 
 
 # ======================================================================================= daemon
-# The one part that knows all the others. Only the main thread touches the database and the sockets.
+# The one part that knows all the others. Only the main thread writes the database and answers.
 # A turn of its loop waits for something to happen, has the dispatcher decide in one transaction,
 # and carries out what follows, each effect on its own. Threads leave events in `inbox`; they, the
 # verbs and signals wake the main thread through the FIFO `wake` of the state directory.

@@ -8341,6 +8341,18 @@ class Outbox(Brain):
                 self.turn(pending, end)
                 self.assertEqual(self.store.value("SELECT count(*) FROM reports"), 0)
 
+    def test_a_report_of_a_turn_that_was_not_committed_is_handed_on_by_the_next(self):
+        self.begin_with()
+        for sql in ("PRAGMA foreign_keys = ON", "CREATE TEMP TABLE one (id INTEGER PRIMARY KEY)",
+                    "CREATE TEMP TABLE two (id REFERENCES one DEFERRABLE INITIALLY DEFERRED)",
+                    """CREATE TEMP TRIGGER fails AFTER INSERT ON main.reports
+                       BEGIN INSERT INTO two VALUES (1); END"""):
+            self.store.execute(sql)
+        event = self.delivered("main")
+        with self.assertRaises(sqlite3.IntegrityError):
+            self.turn(event)
+        self.assertEqual(len(self.reports(self.turn(event))), 1)
+
     def test_with_git_a_run_is_pending_once_its_commit_is_known(self):
         self.begin_with(git="/srv/origin")
         self.assertEqual(self.reports(self.turn(self.delivered("main"))), [])
