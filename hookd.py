@@ -434,11 +434,19 @@ class Config:
         """What a run's log shows as ***; see also hidden_words."""
         return [*self.secrets, *(hook.report_token for hook in self.hooks.values())]
 
+    @cached_property
+    def places(self) -> dict[str, list[tuple[int, str]]]:
+        """The sections of each repository and each owner, with their places in the ini."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for place, (section, hook) in enumerate(self.hooks.items()):
+            found.setdefault(hook.repo.lower(), []).append((place, section))
+        return found
+
     def hooks_for(self, repo: str) -> list[Hook]:
         """Return a repository's hooks and its owner's, in the order of the ini."""
         name = repo.lower()
-        owners = name.partition("/")[0] + "/*"
-        return [hook for hook in self.hooks.values() if hook.repo.lower() in (name, owners)]
+        both = self.places.get(name, []) + self.places.get(name.partition("/")[0] + "/*", [])
+        return [self.hooks[section] for _, section in sorted(both)]
 
     def hook_for(self, push: Push) -> Optional[Hook]:
         """Return the hook that takes a push: the first match wins."""
@@ -3270,6 +3278,7 @@ class Dispatcher:
 # verbs and signals wake the main thread through the FIFO `wake` of the state directory.
 
 LOOK, ASK = b"\0", b"?"  # into the FIFO: look at the queue; ask the remotes, too (`resume`)
+
 
 class Remotes:
     """Ask the remotes for what no delivery announced: at start, and every `catch_up`."""
