@@ -10,7 +10,7 @@ The life of a delivery:
  2. The HMAC of its raw bytes is checked; only then is anything parsed.
  3. Judgement, pure functions, picks the hook: the first section of the ini that matches.
  4. The push becomes a row in SQLite, on disk before GitHub reads 202.
- 5. A waiting run of the same branch is superseded: the newest push stands for all before it.
+ 5. A waiting run of the same branch is superseded: the newest push includes all earlier ones.
  6. When a job slot and the directory are free, a thread takes the run and its flock(2).
  7. With `git`, the directory is reset to the branch tip, or a release is built beside the live one.
  8. The command runs under `sh -e` in a session of its own, its output and its time bounded.
@@ -76,25 +76,25 @@ GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 STOP_SECONDS = 60.0  # for running commands at a stop, unless HOOKD_STOP_SECONDS says otherwise
 CLOSE_SECONDS = 2.0  # at a stop, for requests that have begun
 GIT_SECONDS = 60.0  # for a question to git
-QUIET_SECONDS, BURST_SECONDS = 0.05, 1.0  # of quiet that end a burst; the longest wait for that
+QUIET_SECONDS, BURST_SECONDS = 0.05, 1.0  # quiet that ends a burst; longest wait for it
 LOCK_SECONDS = 0.5  # how long to wait before retrying a lock held elsewhere
-STUCK_SECONDS = 5.0  # after which a directory or a file that does not answer is reported
+STUCK_SECONDS = 5.0  # before an unresponsive directory or file is reported
 RETRY_SECONDS = (60.0, 300.0, 900.0)  # before each retry of a remote that could not be reached
-ATTEMPTS_MAX = 2  # beginnings of a script that a stop or a crash cut off
-BUSY_SECONDS = 1.0  # for a database that another program has locked
+ATTEMPTS_MAX = 2  # attempts at a run that a stop or crash interrupts
+BUSY_SECONDS = 1.0  # how long to wait for a database lock
 NOISE_SECONDS = 60.0  # interval between repeated warnings, and between retries
 LINE_MAX, HEAD_MAX, FIELDS_MAX = 8 * 1024, 16 * 1024, 100  # GitHub's heads have about 1 KB
 BODIES_MAX = 32 * 1024**2  # all bodies in flight together
 HASHED_MAX = 256 * 1024**2  # bytes hashed for one signature, over all secrets
 CONNECTIONS_MAX = 4000
-SPARE_FILES = 64  # descriptors for all but connections and jobs
+SPARE_FILES = 64  # descriptors for everything but connections and jobs
 JOB_FILES = 32
 CHUNK = 256 * 1024
 OUTPUT_HEAD, OUTPUT_TAIL = 1024**2, 256 * 1024  # kept of a run's output
 VARIABLE_MAX = 64 * 1024
 QUOTED_LINES = 10  # of a failed run's output, in the log
 
-DAEMON_LOCK = "hookd-697c2ba9-697c2ba9cac2592c.lock"  # so that version 1.0 is seen, too
+DAEMON_LOCK = "hookd-697c2ba9-697c2ba9cac2592c.lock"  # version 1.0 sees it, too
 log = logging.getLogger("hookd")
 
 
@@ -108,7 +108,7 @@ class ConfigError(Exception):
 
 
 class Refusal(Exception):
-    """Refuse a request: an HTTP status and one line that quotes nothing of the request."""
+    """Refuse a request: an HTTP status and a one-line reason that never quotes the request."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -128,15 +128,16 @@ def slug(ref: str) -> str:
     branch = short_name(ref)
     label = re.sub(r"[^a-z0-9]", "-", branch.lower()).strip("-")
     tag = ref.startswith("refs/tags/")
-    if label == branch and len(label) <= 63 and not tag and not re.search("[0-9a-f]{32}$", label):
-        return label  # nothing is lost, and nobody takes it for one with a hash
+    hashed = tag or len(label) > 63 or re.search("[0-9a-f]{32}$", label)
+    if label == branch and not hashed:
+        return label  # lossless, and cannot be mistaken for a hashed label
     name = ref if tag else branch
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return f"{label[:30].rstrip('-')}-{digest}".lstrip("-")
 
 
 def fill(template: str, repo: str, ref: str, run: int = 0) -> str:
-    """Replace {repo} {owner} {name} {branch} {slug} {run}; none of them needs quoting."""
+    """Replace {repo} {owner} {name} {branch} {slug} {run}; the values need no quoting."""
     owner, _, name = repo.partition("/")
     values = {"repo": repo, "owner": owner, "name": name, "branch": short_name(ref),
               "slug": slug(ref), "run": str(run)}
@@ -144,7 +145,7 @@ def fill(template: str, repo: str, ref: str, run: int = 0) -> str:
 
 
 def escape(text: str) -> str:
-    """Spell out what is not printable, so that text is fit for a log line or a terminal."""
+    """Spell out what is not printable, so that it is safe in a log or on a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -154,8 +155,9 @@ LOGIN = re.compile(r"(?<=://)[^\s/?#@:]*:[^\s/?#]*@|((?<=http://)|(?<=https://))
 
 def redact(text: str, hidden: Iterable[str]) -> str:
     """Put *** for each hidden text of 8 characters or more, and for the logins in URLs."""
-    for word in sorted(hidden, key=len, reverse=True):  # one may be a part of another
-        text = text.replace(word, "***") if len(word) >= 8 else text
+    words = [word for word in hidden if len(word) >= 8]
+    for word in sorted(words, key=len, reverse=True):  # one may contain another
+        text = text.replace(word, "***")
     return LOGIN.sub("***@", text)
 
 
@@ -208,7 +210,7 @@ class Run(NamedTuple):
     release: str  # rollback: the release to go back to, if it is still there
     attempts: int  # how often its script was cut off
     tries: int  # how often its remote could not be reached
-    wish: str  # why it is to be cancelled
+    wish: str  # reason for a requested cancellation
     owed: int  # what a cut-off left to do: 1 the way back and on_failure, 2 the way back alone
     note: str
     last_state: str  # of the target's last run
@@ -282,8 +284,10 @@ def places(names: str) -> Callable[[str], str]:
 
 def amount(text: str) -> int:
     """Return a number in its unit; `no` is 0."""
+    if text == "no":
+        return 0
     number = text.rstrip("".join(UNITS))
-    return 0 if text == "no" else int(number) * UNITS.get(text[len(number):], 1)
+    return int(number) * UNITS.get(text[len(number):], 1)
 
 
 def truth(text: str) -> bool:
@@ -307,7 +311,7 @@ def networks(text: str) -> tuple[Any, ...]:
 def variables(text: str) -> tuple[tuple[str, str], ...]:
     bad = [f"line {number}" for number, line in enumerate(lines(text), 1)
            if not re.match(f"{NAME}=", line)]
-    if bad:  # the text may be the second line of a key
+    if bad:  # do not quote it: it may be part of a private key
         raise ValueError(f"{', '.join(bad)} is no variable; write lines NAME=value")
     return tuple((name, value) for name, _, value in (line.partition("=") for line in lines(text)))
 
@@ -395,8 +399,7 @@ class Hook:
         return bool(re.search(r"[*?\[]", self.repo + self.pattern))
 
     def matches(self, push: Push) -> bool:
-        mine = self.event == push.event or push.deleted  # whatever it runs for, its branch is gone
-        return mine and fnmatchcase(push.ref, self.ref_pattern)
+        return self.event == push.event and fnmatchcase(push.ref, self.ref_pattern)
 
 
 @dataclass(frozen=True)
@@ -468,10 +471,10 @@ class Ini:
         self.name, self.base = name, base  # of the file; of relative names
         self.problems: list[str] = []
         self.warnings: list[str] = []  # what only looks wrong
-        for strict in (True, False):  # again, for what else there is beside a duplicate
+        for strict in (True, False):  # a duplicate ends strict parsing: look for other problems
             # No section is the default one: it has a name that no ini can spell.
             ini = configparser.RawConfigParser(strict=strict, default_section="\n")
-            ini.SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as from 3.11 on: [octo/site v[0-9]]
+            ini.SECTCRE = re.compile(r"\[(?P<header>.+)\]")  # as in Python 3.11: [octo/site v[0-9]]
             try:
                 ini.read_string(text)
                 break
@@ -481,7 +484,7 @@ class Ini:
             except configparser.ParsingError as error:  # its own words would show a secret's line
                 for number, _ in getattr(error, "errors", [(getattr(error, "lineno", 0), "")]):
                     fault = "is no [section], nor a `key = value` in one; close its bracket, or "
-                    self.problems.append(f"{name}: line {number} {fault}indent it")
+                    self.problems.insert(0, f"{name}: line {number} {fault}indent it")
         self.levels = {"hookd": {}, **{name: dict(ini[name]) for name in ini.sections()}}
         self.state = os.path.join(base, self.levels["hookd"].get("state") or state)
         self.default = Hook("", "", "", (), directory=f"{self.state}/{WORK}",
@@ -518,12 +521,12 @@ class Ini:
             except ValueError as error:
                 self.problem(section, key, str(error))
                 if key in ("git", "releases", "event"):
-                    values[key] = text  # not missing, if only to be mended
+                    values[key] = text  # present but invalid: one problem is enough
             script = rf"(?m)^\s*({'|'.join(KEYS)})\s+="
             taken = re.search(script if key in SCRIPTS else r"\s[#;]", text)
             if taken:
-                fault = f"has `{taken[0].strip()}` in its value; a comment needs a line of its own"
-                self.problem(section, key, f"{fault}, a setting no indentation", warns=True)
+                fault = f"has `{taken[0].strip()}` in its value; put a comment on a line of its own"
+                self.problem(section, key, f"{fault}, do not indent a setting", warns=True)
         if set(SECRETS) & set(values):  # the two are one setting
             file = "" if values.get("secret") else self.default.secret_file
             values = {"secret": (), "secret_file": file, **values}
@@ -584,7 +587,7 @@ REQUEST_LINE = re.compile(rb"([A-Za-z][!#$%&'*+.^_`|~0-9A-Za-z-]*) ([!-~]+) HTTP
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT")
 JSON, FORM = "application/json", "application/x-www-form-urlencoded"
-# What hookd reads must not come twice: the proxy in front of it may have believed the other.
+# What hookd reads must not come twice: a proxy in front may have used the other value.
 SINGLE = ("host", "content-length", "transfer-encoding", "content-type", "content-encoding",
           "x-hub-signature-256", "x-github-event", "x-github-delivery")
 COMMIT = re.compile("[0-9a-f]{40}(?:[0-9a-f]{24})?")
@@ -642,7 +645,7 @@ def content_type(headers: Mapping[str, str]) -> str:
 
 
 def check_head(config: Config, request: BaseHTTPRequestHandler, length: int) -> None:
-    """Refuse what a request's head alone condemns, before its body is read."""
+    """Refuse what can be refused from the head alone, before the body is read."""
     headers: Mapping[str, str] = request.headers  # type: ignore[assignment]
     signature = headers.get("x-hub-signature-256", "")
     path = re.sub(r"^https?://[^/?#]*", "", request.path).partition("?")[0]
@@ -661,7 +664,7 @@ def check_head(config: Config, request: BaseHTTPRequestHandler, length: int) -> 
 
 def authenticate(secrets: Sequence[str], signature: str, body: bytes) -> str:
     """Return the secret that signed the raw body; callers put the likeliest first."""
-    # A stranger's 25 MB, hashed for each of many secrets, would cost seconds.
+    # Hashing 25 MB from a stranger once for each secret could take seconds.
     for secret in secrets[: HASHED_MAX // (len(body) + 1)]:
         right = f"sha256={hmac.digest(secret.encode(), body, 'sha256').hex()}"
         if secret and hmac.compare_digest(right.encode(), signature.encode()):
@@ -1005,7 +1008,7 @@ class Store:
             self.connect().commit()
         finally:
             if self.db and self.db.in_transaction:
-                self.close()  # rolls back; a disk that came back gets a fresh start
+                self.close()  # rolls back; reopening clears the errors of a disk that came back
 
     @contextlib.contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -1162,7 +1165,7 @@ class Store:
             facts.update(payload=None, ended=now, waits="", wish="")
         changes = ", ".join(f"{name} = ?" for name in ("state", *facts))
         self.execute(f"UPDATE runs SET {changes} WHERE id = ?", state, *facts.values(), number)
-        if state != "running" and not waits:  # else it kept nobody waiting
+        if state != "running" and not waits:  # else it was not next for its locks
             self.wake(*lock_names(directory, lock))
         if ends and (reported or (old == "running" and state != "superseded")):
             self.execute("INSERT INTO reports (run, state) VALUES (?, ?)", number, state)
@@ -1193,7 +1196,7 @@ class Store:
         """Let the runs begin that waited for a time that has come."""
         sql = """UPDATE runs SET waits = '' WHERE state = 'queued' AND waits = 'time'
             AND (not_before <= ? OR not_before > ? + CASE note WHEN '' THEN ? ELSE ? END)"""
-        now = time.time()  # a clock set back must hold nothing up
+        now = time.time()  # do not wait for ever if the clock was set back
         self.execute(sql, now, now, BURST_SECONDS, RETRY_SECONDS[-1])
 
     def next_run(self, rank: int) -> int:
@@ -1499,7 +1502,7 @@ def file_variables(hook: Hook) -> dict[str, str]:
     path = hook.environment_file
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no plain file")  # a pipe may have nobody at its other end
+            raise ValueError("it is no plain file")  # a FIFO without a writer would block
         with open(path or os.devnull, encoding="utf-8") as file:
             return read_variables(file.read())
     except OSError as error:
@@ -1551,7 +1554,7 @@ def git_environment(hook: Hook, state: str, cwd: str = "/") -> dict[bytes, bytes
             b"GIT_HTTP_LOW_SPEED_LIMIT": b"1", b"GIT_HTTP_LOW_SPEED_TIME": b"60",
             # Who may push chooses a submodule's URL: none may lead to an internal http service.
             b"GIT_ALLOW_PROTOCOL": f"https:ssh:{own}".encode(),
-            # A repository that is no more must not have git find the one around it.
+            # Without a repository here, git must not use one in a parent directory.
             b"GIT_CEILING_DIRECTORIES": os.fsencode(above)}
 
 
@@ -1661,7 +1664,7 @@ class Ended(NamedTuple):
 class Job:
     """Carry out one run under its locks: `work` is a thread's root, `end` is for other threads.
 
-    It hands Named and Ended to `tell`. Of a run with `owed` it does only what a crash left to do.
+    It hands Named and Ended to `tell`. With `run.owed` it only cleans up after a cut-off.
     Subclasses override `prepare` and `finish`.
     """
 
@@ -1804,7 +1807,7 @@ class Job:
             file.write(self.payload)
         self.payload = b""  # up to 25 MB, for as long as the run may take
         os.makedirs(self.directory, exist_ok=True)
-        os.listdir(self.directory)  # a dead disk stops this thread here, not a child before exec
+        os.listdir(self.directory)  # block here on a dead disk, not in a child before exec
         self.read_environment()
         if self.run.push.deleted:
             return self.step("on_delete")
@@ -1909,10 +1912,12 @@ class Job:
         run, push = self.run, self.run.push
         remote, dot_git = fill(self.hook.git, push.repo, ""), f"{self.clone}/.git"
         have = self.ask("config", "--file", f"{dot_git}/config", "remote.origin.url")
-        if have != remote and (have or os.listdir(self.clone) not in ([], [".git"])):
+        empty = os.listdir(self.clone) in ([], [".git"])
+        if have != remote and (have or not empty):
             become = shlex.join(["git", "-C", self.clone, "config", "remote.origin.url", remote])
             fault = (f"{self.clone} is no clone of {remote}, but has {have or 'other files'}; set "
-                     f"another directory, empty this one, or if it may become one: {become}")
+                     "another directory, empty this one, or have it become one, as hookd's user: "
+                     + become)
             return Outcome("failed", 1, redact(fault, ()))
         break_locks(dot_git)
         tip = f"refs/hookd/tip/{slug(push.ref)}"
@@ -1995,6 +2000,7 @@ class Job:
                 if time.monotonic() >= self.deadline:
                     self.verdict = "timeout", f"took longer than {self.hook.timeout}s"
                 self.copy(child, 0.25)
+            # Let the group end by itself, then TERM, then KILL it; signal 0 only asks.
             patience = 0.0 if self.verdict else 0.25  # for what is about to end by itself
             for number, seconds in ((0, patience), (signal.SIGTERM, GRACE_SECONDS),
                                     (signal.SIGKILL, GRACE_SECONDS)):
@@ -2005,8 +2011,8 @@ class Job:
                     child.poll()  # a zombie is left, too
                     left = signal_group(child.pid, 0)
                 if not left:
-                    break  # its number may soon be a stranger's
-            self.copy(child, 0.0)  # its last words; a background child's would never end
+                    break  # the group id may be reused
+            self.copy(child, 0.0)  # once: a background child could hold the pipe open
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
     def copy(self, child: "subprocess.Popen[bytes]", seconds: float) -> None:
@@ -2074,7 +2080,7 @@ class ReleaseJob(Job):
 
     def switch(self, release: str) -> Optional[Outcome]:
         """Make a release the live one, unless the run has to end."""
-        if not self.verdict:
+        if self.goes_back or not self.verdict:
             self.mark("switched", self.run.live)  # a crash from here on has to go back
             self.cwd, self.changed = self.current, True
             point(self.current, f"releases/{release}")
@@ -2090,12 +2096,13 @@ class ReleaseJob(Job):
 
     def go_back(self) -> str:
         """Make the release that stood before a switch the live one again; return what stands."""
-        switched = self.marked("switched")  # which knows more than a history that was lost
+        switched = self.marked("switched")  # survives the loss of the database
         self.run = self.run._replace(live=self.run.live or "".join(switched[-1:]))
         live, commit = self.run.live, f" ({self.run.last_good[:7]})" if self.run.last_good else ""
         stands = f"release {live}{commit}" if live else "no release"
         # A power cut may leave the switch without its mark.
-        if not switched and not (self.run.owed and live not in ("", self.live())):
+        unmarked = self.run.owed and live not in ("", self.live())
+        if not switched and not unmarked:
             return f"{stands} stands"
         if not live or not os.path.isdir(f"{self.directory}/releases/{live}"):
             return f"nothing to go back to, release {self.live()} stays"
@@ -2110,7 +2117,7 @@ class ReleaseJob(Job):
         return f"went back to {stands}, " + (f"but {fault}; it stays" if fault else "which stands")
 
     def clean(self, state: str) -> None:
-        """Keep the newest good releases, the newest failed one, what is live and what was."""
+        """Keep the newest good releases, the newest failed one, the live and the previous one."""
         if not os.path.isdir(f"{self.directory}/releases/{self.release}"):
             self.release = ""
         known = [pair for pair in [(self.release, state), *self.releases] if pair[0]]
@@ -2160,7 +2167,7 @@ def open_socket(wanted: str) -> socket.socket:
         remedy = "stop the program that has it, or change listen" if taken else "change listen"
         raise OSError(f"cannot listen on {wanted}: {error.strerror or error}; {remedy}") from None
     if family == socket.AF_UNIX:
-        os.chmod(name, 0o666)  # as open as 127.0.0.1 is; the signature is the guard
+        os.chmod(name, 0o666)  # as accessible as 127.0.0.1; requests are signed
     sock.listen(4096)  # enough of a queue for a restart
     return sock
 
@@ -2201,7 +2208,7 @@ class Connection(BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Prepare; the base would make files of the socket, which keep its descriptor open."""
         self.clear()
-        self.lingers = False  # no request is taken any more; what still comes is thrown away
+        self.lingers = False  # accept no further request; discard input
         self.server.selector.register(self.request, selectors.EVENT_READ, self.handle)
         self.server.rearm(self)
 
@@ -2239,7 +2246,7 @@ class Connection(BaseHTTPRequestHandler):
     def handle(self) -> None:
         """Read what has come; the server calls this whenever something has."""
         try:
-            # At least a record of TLS, 16 KB: what is left of one would not wake the selector.
+            # At least a record of TLS, 16 KB: data left inside TLS would not wake select().
             data = self.request.recv(CHUNK if self.headers is not None else HEAD_MAX)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, SSL_WANT_READ):
@@ -2255,7 +2262,7 @@ class Connection(BaseHTTPRequestHandler):
             self.server.drop(self)
 
     def feed(self, data: bytes) -> None:
-        """Add to what the client has sent; a head, then its body, may be whole by that."""
+        """Add to what the client has sent; this may complete the head, then the body."""
         fresh = self.headers is None
         if fresh:
             if not self.start:
@@ -2277,7 +2284,7 @@ class Connection(BaseHTTPRequestHandler):
             self.server.ready.append(self)
 
     def parse_request(self) -> bool:
-        """Take a head off `start` once it is whole; refuse it once it can only end badly."""
+        """Take a head off `start` once it is whole; refuse it as soon as it cannot become valid."""
         # The base's own costs eight times as much, and reads a bare CR, a missing colon and a space
         # before one otherwise than RFC 9112.
         start = self.start
@@ -2317,9 +2324,9 @@ class Connection(BaseHTTPRequestHandler):
         self.end_headers()
         data, sent = self.wfile.getvalue() + body, 0
         self.server.forget(self)
-        with contextlib.suppress(OSError):  # who has no room for these few bytes does not listen
+        with contextlib.suppress(OSError):  # a peer with no room for these few bytes does not read
             sent = self.request.send(data)
-            if self.lingers:  # a close would be a reset, and take the answer from the client
+            if self.lingers:  # closing with unread input sends RST, which may discard the answer
                 self.request.shutdown(socket.SHUT_WR)
         if sent < len(data) or not (keep or self.lingers):
             self.server.drop(self)
@@ -2371,8 +2378,8 @@ class Server:
         return [connection for connection in ready if connection.whole]
 
     def accept(self, listener: socket.socket) -> None:
-        """Take new connections, at the cost of the longest waiting where there is no room."""
-        for _ in range(100):  # then it is the turn of those that are here
+        """Take new connections, dropping the one closest to its deadline where there is no room."""
+        for _ in range(100):  # then serve the existing connections
             try:
                 sock, peer = listener.accept()
                 sock.setblocking(False)
@@ -2446,7 +2453,7 @@ class LogHandler(logging.Handler):
         self.path, self.stderr, self.lost = path, stderr, 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record, its traceback in the same line, with nothing that a terminal obeys."""
+        """Write a record, its traceback in the same line, with control characters escaped."""
         lost = f" (lost {self.lost} lines before this one)" if self.lost else ""
         text = escape(self.format(record) + lost)
         priority = {"INFO": 30, "WARNING": 28}.get(record.levelname, 27)  # of daemon.*, syslog(3)
@@ -2530,7 +2537,7 @@ def hidden_words(config: Config) -> list[str]:
 
 # ============================================================================= reports and page
 # What hookd shows elsewhere: commit statuses, the page, badges, metrics. Nothing here touches the
-# database or a run; only the messenger's threads open a socket or a file.
+# database or a run.
 #
 # A forge or a disk may be slow for ever, so the main thread asks neither. A dead forge delays
 # other reports, never a run or the page. A report that is not sent yet is still in the outbox.
@@ -2549,6 +2556,7 @@ REMEDIES = {401: "the forge does not know the token; it may have expired: make a
             422: "the forge refuses a status for this commit; is it in this repository?"}
 SIGNS = {"ok": "✓", "failed": "✗", "timeout": "✗", "running": "▸", "queued": "…"}
 BADGE_COLOURS = {"ok": "#23693b", "failed": "#ab2f27", "timeout": "#ab2f27"}
+BADGE_MARK = "<!-- a badge of hookd --></svg>\n"  # what lacks it is not ours to remove
 Facts = dict[str, Any]  # an object of `status --json`
 
 
@@ -2612,7 +2620,7 @@ def token_fault(api: str, token: str, repo: str) -> str:
 
 
 def mark_up(text: str) -> str:
-    """Make strangers' text plain in HTML: no markup, no control character, its own direction."""
+    """Make strangers' text plain in HTML: no markup, no control character, isolated direction."""
     return f"<bdi>{html.escape(escape(text))}</bdi>"
 
 
@@ -2651,7 +2659,7 @@ def item_html(facts: Facts, link: str, output: str, now: float, *notes: tuple[st
 def target_html(target: Facts, runs: Sequence[Facts], shown: Snapshot) -> tuple[str, str]:
     """Return a target's line in the overview, with a link to its newest run, and its runs."""
     running, waiting = target["running"], target["waiting"]
-    now = shown.now if shown.up else 0.0  # nobody will rewrite "5 minutes ago"
+    now = shown.now if shown.up else 0.0  # relative times would go stale
     name = re.sub("^refs/(heads/)?", "", target["ref"])
     place = f"{mark_up(target['repo'])} {mark_up(name)}"
     link = f'<a href="#run-{max(target["run"] or 0, running or 0, *waiting)}">{place}</a>'
@@ -2733,8 +2741,7 @@ def badge_svg(target: Facts) -> str:
 <rect width="{left + 12}" height="20" fill="#4a4d52"/>
 <g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">
 <text x="6" y="14" textLength="{left}" lengthAdjust="spacingAndGlyphs">{html.escape(name)}</text>
-<text x="{left + 18}" y="14" textLength="{right}">{state}</text></g></svg>
-"""
+<text x="{left + 18}" y="14" textLength="{right}">{state}</text></g>{BADGE_MARK}"""
 
 
 def metrics_text(snapshot: Snapshot) -> str:
@@ -2791,7 +2798,10 @@ def write_page(directory: str, snapshot: Snapshot) -> None:
         replace_file(path, text)
     replace_file(f"{directory}/index.html", page_html(snapshot))
     for stale in set(glob.glob(f"{glob.escape(directory)}/badge/*/*/*.svg")) - badges.keys():
-        os.unlink(stale)
+        with open(stale, "rb") as file:
+            ours = file.read(CHUNK).endswith(BADGE_MARK.encode())
+        if ours:
+            os.unlink(stale)
 
 
 def start_thread(work: Callable[..., None], *arguments: Any) -> Optional[threading.Thread]:
@@ -2872,12 +2882,12 @@ class Messenger:
             except Exception:
                 log.exception("a bug in hookd, in the page; please report this")
             note_fault(self.faults, "the page", "written", fault)
-            # A page of thousands of runs must not keep a processor busy.
+            # Limit rendering to about 5 percent of a processor.
             self.closing.wait(max(1.0, 20 * (time.monotonic() - began)))
 
 
 # ===================================================================================== decisions
-# The queue's brain: what happened comes in as small named values, one transaction applies them and
+# The scheduler: what happened comes in as small named values, one transaction applies them and
 # chooses what begins, and what follows goes out as small named values, after the commit. No socket,
 # thread or process: a test feeds values to `turn` and reads values and rows.
 
@@ -2908,7 +2918,7 @@ class Answer(NamedTuple):
 
 
 class End(NamedTuple):
-    """Have a running run end."""
+    """Cancel a running run."""
 
     run: int
     why: str
@@ -3066,7 +3076,7 @@ class Dispatcher:
             run = store.runs("WHERE r.id = ?", number)[0]
             hook = self.hook(run)
             if hook is None:
-                note = "hookd, as it runs, has no such hook; was hookd.ini reloaded?"
+                note = "hookd, as it runs, has no such hook; reload it after a change of hookd.ini"
                 store.move(number, "cancelled", note=note)
                 yield Line(logging.WARNING,
                            f"run {number} cancelled, its hook is no more: {run.push}")
@@ -3259,7 +3269,7 @@ class Dispatcher:
             hook, push = self.hook(run), run.push
             if not hook or not hook.report_token or not push.commit:
                 break
-            words = f"run {run.id} runs" if state == "pending" else f"run {run.id} {state}"
+            words = f"run {run.id} is running" if state == "pending" else f"run {run.id} {state}"
             note = f": {run.note}" if run.note and state != "pending" else ""
             body = {"state": REPORTED.get(state, "error"),
                     "context": f"hookd/{short_name(push.ref)}",
@@ -3399,12 +3409,12 @@ class Daemon:
 
     def is_over(self) -> bool:
         """Tell whether hookd is to stop and nothing runs that could be waited for."""
-        late = time.monotonic() - self.stop_at  # -inf where nobody wants a stop
-        if late > 3 * GRACE_SECONDS:
-            return True
+        if self.stop_at == NEVER:
+            return False
+        late = time.monotonic() - self.stop_at
         # A thread that waits for a dead file system never ends.
-        return self.stop_at != NEVER and all(job.through or (late > 0 and job.held_up())
-                                             for job in self.jobs.values())
+        return late > 3 * GRACE_SECONDS or all(job.through or (late > 0 and job.held_up())
+                                               for job in self.jobs.values())
 
     def turn(self) -> None:
         """Wait for the next thing to do, then do all there is."""
@@ -3427,7 +3437,7 @@ class Daemon:
         """Leave an event for the main thread's next turn; called from any thread."""
         if event is not None:
             self.inbox.append(event)
-        with contextlib.suppress(OSError):  # full: it is awake
+        with contextlib.suppress(OSError):  # a full pipe wakes it anyway
             os.write(self.ear, LOOK)
 
     def hear(self) -> None:
@@ -3509,7 +3519,7 @@ class Daemon:
         self.look_after()
 
     def carry_out(self, effect: Effect) -> None:
-        """Do what follows from a transaction; an effect that raises takes no other along."""
+        """Do what follows from a transaction; an exception in one does not affect the others."""
         try:
             if isinstance(effect, Answer):
                 self.reply(effect)
@@ -3536,17 +3546,18 @@ class Daemon:
             self.leave(Ended(job, Outcome("queued", 0, "no room for one more thread", 1.0), 0.0))
 
     def look_after(self) -> None:
-        """Note jobs that are held up; keep systemd's line true."""
+        """Note jobs that are held up; update systemd's STATUS= line."""
         for job in list(self.jobs.values()):
             why = job.held_up()
             if why == job.complaint:
                 continue
-            job.complaint = why
-            if why:
-                log.warning("run %d is held up: %s: %s", job.run.id, why, job.run.push.place)
             sql = "UPDATE runs SET note = ? WHERE id = ? AND state = 'running'"
-            with contextlib.suppress(sqlite3.Error, OSError, ConfigError), self.store.transaction():
-                self.store.execute(sql, why, job.run.id)
+            with contextlib.suppress(sqlite3.Error, OSError, ConfigError):
+                with self.store.transaction():
+                    self.store.execute(sql, why, job.run.id)
+                job.complaint = why
+                if why:
+                    log.warning("run %d is held up: %s: %s", job.run.id, why, job.run.push.place)
         if any(job.doing for job in self.jobs.values()):
             self.look_at = min(self.look_at, time.monotonic() + 1)
         hooks, running = len(self.config.hooks), len(self.jobs)
@@ -3593,7 +3604,7 @@ class Daemon:
                 sock.close()
         if not fit:
             fit = [open_socket(wanted)]
-            for old in [*passed, self.stored]:
+            for old in filter(None, [*passed, self.stored]):
                 notify(f"FDSTOREREMOVE=1\nFDNAME={old}")
             notify(f"FDSTORE=1\nFDNAME={name}", fit[0].fileno())
         self.stored = name
@@ -3710,6 +3721,7 @@ def make_secret(path: str) -> None:
         with open(path, "a", encoding="utf-8", opener=private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # against a verb that does the same
             if not os.path.getsize(path):
+                os.fchmod(file.fileno(), 0o600)
                 file.write(os.urandom(32).hex() + "\n")
 
 
@@ -3732,7 +3744,7 @@ def read_secrets(config: Config) -> Config:
             except (OSError, ValueError) as error:
                 level = config.level_of(hook, key) or "hookd"
                 problems.append(f"{config.name}: [{level}] {key}: cannot be used ({error}); put it "
-                                "in a file that hookd may read")
+                                "in a file that hookd may read (chgrp hookd, chmod 640)")
         full[hook.section] = replace(hook, secret=tuple(found["secret_file"]),
                                      report_token="".join(found["report_token_file"][:1]))
     if problems:
@@ -3779,7 +3791,7 @@ def user_name() -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table, whole but on a terminal that is too narrow; nothing in it that one obeys."""
+    """Print a table, cut only to fit a terminal, control characters escaped."""
     cells = [head, *([escape("" if cell is None else str(cell)) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     room = os.get_terminal_size(1).columns if sys.stdout.isatty() else 10**6
@@ -3944,7 +3956,7 @@ class Command:
     def full_commit(self, hook: Hook, push: Push, text: str) -> str:
         """Return the whole id of a commit: from the history, the clone, or as it is typed.
 
-        Not within a transaction: a clone on a dead file system would keep the daemon from writing.
+        Not within a transaction: a clone on a dead file system would hold the write lock.
         """
         text = text.lower()
         if COMMIT.fullmatch(text):
@@ -3960,7 +3972,8 @@ class Command:
             code, commit, _ = ask_git(question, base_environment(hook))
             if hook.git and not code:
                 return commit
-        raise SystemExit(f"hookd: {text!r} is no commit that hookd knows; give all 40 digits")
+        raise SystemExit(f"hookd: {text!r} is no run here and no commit that hookd knows; give "
+                         "all 40 digits of a commit")
 
     # ---- following a run
 
@@ -3975,7 +3988,7 @@ class Command:
                 file.seek(shown)
                 for data in iter(partial(file.readline, CHUNK), b""):
                     if state == "running" and len(data) < CHUNK and data[-1:] != b"\n":
-                        break  # half a secret would not be known as one
+                        break  # a partial line could show part of a secret
                     shown, last = shown + len(data), data[-1:]
                     show(data, self.hidden)
             if not following or state not in MOVES:
@@ -3983,13 +3996,15 @@ class Command:
             if daemon_words(self.state):
                 up_at = time.monotonic()
             elif time.monotonic() > up_at + GRACE_SECONDS:
-                print("hookd: hookd is not running; the run begins when it starts", file=sys.stderr)
+                print("hookd is not running; this run begins when it starts", file=sys.stderr)
                 return 1
             time.sleep(0.1)
         for run in self.store.runs("WHERE r.id = ?", number) if following else ():
             print("" if last == b"\n" else "\n", end="")
             self.say(summary(run, Outcome(state, code or 0, run.note), seconds or 0.0))
-        return code or (0 if state == "ok" else 1)
+        if state == "ok":
+            return 0
+        return code or 1
 
     def follow(self, number: int, push: Push) -> int:
         """Follow a run that a verb queued: print its output and its end; return its exit status."""
@@ -4037,7 +4052,11 @@ class Command:
         root = root if os.access(f"{root}/", os.X_OK) else ""
         config = self.check_daemon(words, root)
         for hook in config.hooks.values():
-            for key, fault in (*self.faults(hook, root), *self.clashes(hook)):
+            for key, fault in self.faults(hook, root):
+                own = key in ("git", "directory")  # another place for each hook
+                level = "" if own else config.level_of(hook, key)  # one problem where it stands
+                ini.problem(level or hook.section, key, fault)
+            for key, fault in self.clashes(hook):
                 ini.problem(hook.section, key, fault)
         self.warn_of_sudo(words[1] if words else "self")
         for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
@@ -4180,7 +4199,8 @@ class Command:
             origin, _, stands, _ = good[0]
             good = [row for row in good if row[1] < origin and row[2] != stands]
         if not good:
-            why = f"run {run} deployed no commit" if run else "no other commit was ok before"
+            why = (f"run {run} deployed no commit of this branch" if run else
+                   "no other commit was ok before")
             raise SystemExit(f"hookd: there is nothing to go back to: {why}")
         origin, _, commit, release = good[0]
         return commit, release, origin
@@ -4222,7 +4242,9 @@ class Command:
                 else:
                     store.wish(row.id, who)
         if not rows:
-            raise SystemExit("hookd: nothing to cancel: nothing runs or waits there")
+            ended = [f"run {row.id} ended {row.state}" for row in self.runs("LIMIT 1")]
+            why = "".join(ended) if self.options.repo.isdecimal() else ""
+            raise SystemExit(f"hookd: nothing to cancel: {why or 'nothing runs or waits there'}")
         wake_daemon(self.state)
         sql = "SELECT state FROM runs WHERE id = ?"
         for row in rows:
@@ -4242,7 +4264,8 @@ class Command:
             store.execute("DELETE FROM pauses WHERE repo = ? AND ref = ?", *place)
             store.pause(place, self.options.why or f"by {user_name()}")
         wake_daemon(self.state)
-        print(f"paused {self.place}; `hookd.py resume` with the same words goes on")
+        words = f" {self.place}" if self.options.repo else ""
+        print(f"paused {self.place}; `hookd.py resume{words}` lifts it")
         return 0
 
     def resume(self) -> int:
@@ -4250,8 +4273,8 @@ class Command:
         place, store = self.pause_place(), self.store
         with store.transaction():
             if not store.lift("repo = ? AND ref = ?", *place):
-                raise SystemExit("hookd: no pause was made with these words; `hookd.py status` "
-                                 "lists them")
+                raise SystemExit(f"hookd: no pause was made for {self.place}; `hookd.py status` "
+                                 "lists the pauses")
         wake_daemon(self.state, ASK)
         print(f"resumed {self.place}")
         self.say_pauses("still paused")
@@ -4268,7 +4291,11 @@ class Command:
         import uuid
         options, delivery, deleted = self.options, str(uuid.uuid4()), self.options.event == "delete"
         hook, push = self.find_hook("push" if deleted else options.event)
-        commit = "" if deleted else options.commit or os.urandom(20).hex()
+        commit = "" if deleted else options.commit
+        if hook and hook.git and commit is None and push.event == "push":
+            with contextlib.suppress(OSError):
+                commit = remote_refs(hook, push.repo, self.state, "--heads", "--tags").get(push.ref)
+        commit = os.urandom(20).hex() if commit is None else commit
         body = push_json(push._replace(commit=commit, deleted=deleted))
         digest = hmac.digest(self.secrets(hook)[0].encode(), body, "sha256").hex()
         status, text = self.post(body, {
@@ -4278,7 +4305,7 @@ class Command:
         print(text, flush=True)
         if options.commit and hook and hook.git and push.event == "push" and not deleted:
             print("hookd: with git, the newest commit of the branch is deployed; hookd.py run "
-                  "--commit deploys a certain one", file=sys.stderr)
+                  "--commit deploys a specific one", file=sys.stderr)
         if options.wait and (status == 202 or self.config.quiet):
             for row in self.store.runs("WHERE r.delivery = ?", delivery):
                 return self.watch(row.id, True)
@@ -4310,6 +4337,8 @@ class Command:
         """each target: last run, when, by whom, what waits and why; with REPO BRANCH its runs"""
         options, store, rows = self.options, self.store, self.targets()
         up = daemon_words(self.state)
+        if options.repo and not rows:
+            print(f"hookd: nothing has run for {self.place}", file=sys.stderr)
         if options.branch:
             head = "RUN STATE CAUSE COMMIT BY SUBJECT QUEUED TOOK NOTE"
             found = [clean(facts, RUN_FACTS, self.hidden) for row in rows
@@ -4324,7 +4353,8 @@ class Command:
             table(head.split(), ([row[name] for name in head.split()] for row in cells))
             self.say_pauses("paused")
             print(f"hookd is running, pid {up[1]}" if up else "hookd is not running")
-        return 1 if not up or any(row["state"] not in (None, "ok") for row in rows) else 0
+        good = all(row["state"] in (None, "ok") for row in rows)
+        return 0 if up and good else 1
 
     def say_pauses(self, word: str) -> None:
         for repo, ref, why in self.store.execute("SELECT repo, ref, why FROM pauses"):
@@ -4338,7 +4368,7 @@ class Command:
         running, waiting = facts.get("running"), facts.get("waiting")
         if running:
             began = store.value("SELECT began FROM runs WHERE id = ?", running)
-            doing += [f"run {running} runs since {now - began:.0f} s", store.why(running)]
+            doing += [f"run {running} has been running for {now - began:.0f} s", store.why(running)]
         if waiting:
             more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
             doing.append(f"run {waiting[0]}{more} waits: {store.why(waiting[0])}".rstrip(": "))
@@ -4376,14 +4406,14 @@ VERBS = {  # their docstrings are what --help says
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "REPO": {"dest": "repo", "help": "owner/repo"},
     "RUN|REPO": {"dest": "repo", "help": "a run's number, or owner/repo"},
-    "BRANCH": {"dest": "branch", "help": "a branch, or a whole refs/..."},
+    "BRANCH": {"dest": "branch", "help": "a branch, or a full ref (refs/...)"},
     "COMMIT|RUN": {"dest": "goal", "help": "where to go back to"},
-    "-f": {"dest": "follow", "action": "store_true", "help": "until the run has ended"},
-    "-m": {"dest": "why", "type": escape, "metavar": "WHY", "help": "for whoever asks"},
-    "--commit": {"metavar": "ID", "help": "of this commit"},
+    "-f": {"dest": "follow", "action": "store_true", "help": "follow until the run ends"},
+    "-m": {"dest": "why", "type": escape, "metavar": "WHY", "help": "reason, shown by status"},
+    "--commit": {"metavar": "ID", "help": "deploy this commit"},
     "--event": {"default": "", "choices": ("push", "delete", "workflow_run", "release", "ping"),
-                "help": "instead of the hook's own"},
-    "--json": {"action": "store_true", "help": "for programs"},
+                "help": "event to send (default: the hook's)"},
+    "--json": {"action": "store_true", "help": "print JSON"},
     "--online": {"action": "store_true", "help": "also ask each git remote"},
     "--wait": {"action": "store_true", "help": "follow the run; exit with its status"}}
 
@@ -4394,7 +4424,7 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
     top = argparse.ArgumentParser(prog="hookd.py", description=(__doc__ or "").split("\n")[0])
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hookd.ini")
     top.add_argument("-c", metavar="FILE", dest="file", default=beside,
-                     help="the ini; hookd.ini beside hookd.py unless given")
+                     help="the ini (default: hookd.ini beside hookd.py)")
     top.add_argument("--version", action="version",
                      version=f"hookd {VERSION}, for Python 3.9 or later")
     parsers = top.add_subparsers(metavar="VERB", dest="verb")
@@ -4412,9 +4442,9 @@ def arguments(argv: Sequence[str]) -> "argparse.Namespace":
     options = top.parse_args(argv)
     repo, branch, by_run = options.repo, options.branch, options.verb in ("cancel", "log")
     if repo and not REPOSITORY.fullmatch(repo) and not (by_run and repo.isdecimal()):
-        top.error("REPO is written owner/repo")
+        top.error("REPO must be owner/repo")
     if branch is not None and not REF.fullmatch(re.sub("^(?!refs/)", "refs/heads/", branch)):
-        top.error("BRANCH is written as git knows it")
+        top.error("BRANCH must be a valid git branch name")
     if "/" in (repo or "") and not branch and (by_run or options.verb == "check"):
         top.error(f"{options.verb} takes a REPO with its BRANCH")
     return options

@@ -2736,12 +2736,6 @@ class Runs(Case):
         daemon.wait_for("seen")
         self.assertEqual(daemon.settled()["state"], "ok")
 
-    def test_on_delete_also_runs_for_a_hook_that_waits_for_a_workflow(self):
-        """The branch's previews stay for ever, and what waits is deployed after all."""
-        daemon = self.serve(hook(NOTE, event="workflow_run", on_delete='touch "$HOME/gone"'))
-        self.assert_answer(daemon.post(deletion_of("main")), 202, "queued run 1")
-        daemon.wait((self.home / "gone").exists, "on_delete")
-
     def test_on_delete_runs_when_the_branch_is_deleted(self):
         daemon = self.serve(hook("touch page", "*", directory=self.home / "previews/{slug}",
                                  on_delete='cd /; rm -r "$HOME/previews/$HOOKD_SLUG"; '
@@ -2978,7 +2972,7 @@ class Git(Case):
         daemon = self.serve(self.deploying())
         daemon.push()
         self.assertEqual(daemon.settled()["state"], "failed")
-        remedy = daemon.output(1).partition("if it may become one: ")[2].strip()
+        remedy = daemon.output(1).partition("as hookd's user: ")[2].strip()
         subprocess.run(remedy, shell=True, check=True, env=daemon.environment)
         daemon.push()
         self.assertEqual(daemon.settled()["commit"], new, daemon.output(2))
@@ -6857,7 +6851,8 @@ class PageFiles(Case):
 
     def test_badges_of_branches_that_are_gone_are_removed(self):
         self.write(target_of(), target_of(3, "refs/heads/dev"), target_of(4, repo="octo/shop"))
-        foreign = ["badge/mine.svg", "badge/octo/site/notes.txt", "mine.html"]
+        foreign = ["badge/mine.svg", "badge/octo/site/notes.txt", "badge/octo/site/mine.svg",
+                   "mine.html"]
         for name in foreign:
             (self.home / name).write_text("x")
         self.write(target_of())
@@ -8331,7 +8326,8 @@ class Outbox(Brain):
                 pending, = self.reports(self.turn(self.delivered("main")))
                 run = max(self.jobs)
                 self.assertEqual(pending.body, {
-                    "state": "pending", "context": "hookd/main", "description": f"run {run} runs",
+                    "state": "pending", "context": "hookd/main",
+                    "description": f"run {run} is running",
                     "target_url": f"https://x.example/{run}/main"})
                 self.assertEqual((pending.repo, pending.commit, pending.token),
                                  ("octo/site", self.row(run, "commit_id"), "a token"))
@@ -9674,7 +9670,7 @@ class Status(VerbCase):
                 daemon.push(branch, sha(branch))
             told = daemon.wait(lambda: re.search(r"(?s).*next try.*", daemon.hookd("status").out),
                                "the remote to be asked in vain")[0]
-        for branch, words in (("main", ("run 1 runs since", "behind run 1")),
+        for branch, words in (("main", ("run 1 has been running for", "behind run 1")),
                               ("behind", ("lock shop", "run 1")), ("paused", ("moving house",)),
                               ("far", (r"next try at \d\d:\d\d",))):
             line = [one for one in told.splitlines() if f"octo/site {branch} " in one]
