@@ -17,7 +17,7 @@ The life of a delivery:
  9. The outcome goes into history and log; on_success or on_failure follows.
 10. A run that a crash or a stop cut off runs again at the next start, once.
 
-Exit status: 0 done; 1 failed; 2 wrong usage; 78 the ini needs mending. `run`, `rollback` and
+Exit status: 0 done; 1 failed; 2 wrong usage; 78 fix the ini first. `run`, `rollback` and
 `send --wait` exit as the command did: 124 after a timeout, 128+N after signal N.
 """
 # No newer syntax than Python 3.6 has, so that an old Python can print the sentence below.
@@ -1391,7 +1391,7 @@ FILES_SOFT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # for scripts; hookd
 ADVICE = {
     "dubious ownership": "the directory is another user's; chown -R it to the user hookd runs as",
     "bad permissions": "ssh refuses a deploy_key that others can read; chmod 600 it",
-    "Host key verification failed": "the remote's host key changed; compare it, mend known_hosts",
+    "Host key verification failed": "the remote's host key changed; compare, then ssh-keygen -R",
     "Permission denied .publickey": "the remote does not know this key; add its .pub there",
     "epository not found": "no such repository for this key; check git and deploy_key",
     "git: (command )?not found|directory: 'git'":
