@@ -1045,8 +1045,9 @@ class Store:
         sql = """SELECT id, hook, repo, ref, directory, event, ordinal, newest, signature
             FROM targets WHERE hook = ? AND repo = ? AND ref = ?"""
         for row in self.execute(sql, *key):
-            if row[4] == fill(hook.directory, row[2], ref):
-                return Target(*row)
+            known = Target(*row)
+            if known.directory == fill(hook.directory, known.repo, ref):
+                return known
         values = (*key, fill(hook.directory, repo, ref))
         sql = "INSERT INTO targets (hook, repo, ref, directory) VALUES (?, ?, ?, ?)"
         return Target(self.execute(sql, *values).lastrowid or 0, *values)
@@ -1205,13 +1206,16 @@ class Store:
             JOIN targets t ON t.id = r.target
             WHERE r.state = 'queued' AND r.waits = '' AND r.rank <= ?
             ORDER BY r.rank, r.id LIMIT 1"""
-        for number, directory, lock in iter(lambda: self.execute(sql, rank).fetchone(), None):
+        row = self.execute(sql, rank).fetchone()
+        while row:
+            number, directory, lock = row
             names, holders = lock_names(directory, lock), self.holders()
             blocker = next((name for name in names if name in holders), "")
             if not blocker and self.paused(number) is None:
                 return int(number)
             self.execute("UPDATE runs SET waits = ? WHERE id = ?", blocker or "pause", number)
             self.wake(*names)
+            row = self.execute(sql, rank).fetchone()
         return 0
 
     def next_time(self) -> float:
@@ -1575,7 +1579,7 @@ def ask_git(arguments: Sequence[str], environ: Mapping[bytes, bytes],
 
 def advice(words: str) -> str:
     """Say what to do about git's or the system's words; empty where we know nothing."""
-    return next((what for said, what in ADVICE.items() if re.search(said, words)), "")
+    return next((remedy for words_of, remedy in ADVICE.items() if re.search(words_of, words)), "")
 
 
 def remote_refs(hook: Hook, repo: str, state: str, *kinds: str) -> dict[str, str]:
@@ -1929,11 +1933,15 @@ class Job:
 
     def needless(self, commit: str, tip: str) -> Optional[Outcome]:
         """End a run whose commit passed its checks too late to be deployed."""
-        within, stands = partial(self.ask, "merge-base", "--is-ancestor"), self.run.last_good
-        if within(commit, tip) is None:
+        def is_in(line: str) -> bool:
+            return self.ask("merge-base", "--is-ancestor", commit, line) is not None
+
+        stands = self.run.last_good
+        if not is_in(tip):
             return Outcome("superseded", 0, f"the branch does not contain {commit[:7]} any more")
-        behind = stands not in ("", commit) and within(commit, stands) is not None
-        return Outcome("superseded", 0, f"what stands is newer: {stands[:7]}") if behind else None
+        if stands not in ("", commit) and is_in(stands):
+            return Outcome("superseded", 0, f"what stands is newer: {stands[:7]}")
+        return None
 
     def name_commit(self, name: str) -> Optional[Outcome]:
         """Learn and tell which commit is deployed; a missed push may ask to be skipped."""
@@ -2149,7 +2157,8 @@ http_date = lru_cache(1)(partial(formatdate, usegmt=True))  # costs as much as t
 
 def open_socket(wanted: str) -> socket.socket:
     """Bind and listen; raise OSError. A unix socket that a killed hookd left is replaced."""
-    family, name = socket.AF_UNIX, wanted[5:]  # type: int, Any
+    family: int = socket.AF_UNIX
+    name: Any = wanted[5:]  # behind unix:
     try:
         if wanted.startswith("unix:"):
             with socket.socket(family) as probe:
@@ -2303,7 +2312,9 @@ class Connection(BaseHTTPRequestHandler):
         self.length = body_length(self.command, headers)
         self.headers = headers  # type: ignore[assignment]
         wish = headers.get("connection", "").lower()
-        self.close_connection = wish != "keep-alive" if match[3] == b"0" else "close" in wish
+        self.close_connection = "close" in wish
+        if match[3] == b"0":
+            self.close_connection = wish != "keep-alive"
         del start[: end + 4]
         return True
 
@@ -3005,8 +3016,8 @@ class Dispatcher:
         if not late:
             store.see(target.id, push.ref, push.commit)
         # With git, a branch's late push deploys the newest commit all the same.
-        converges = hook.git and target.ref and push.event == "push" and not push.deleted
-        if late and not converges:
+        deploys_tip = hook.git and target.ref and push.event == "push" and not push.deleted
+        if late and not deploys_tip:
             status, text = 200, f"ignored: {push.place} had a newer push already"
         elif status == 202:
             if not late:
@@ -3044,8 +3055,8 @@ class Dispatcher:
     def found(self, event: Found) -> Iterator[Effect]:
         """Queue the newest commits that nothing saw; a pattern's are only noted the first time."""
         store, hook = self.store, event.hook
-        noted = store.value("SELECT 1 FROM asked WHERE hook = ? AND repo = ?", hook.section,
-                            event.repo) or not hook.is_pattern
+        sql = "SELECT 1 FROM asked WHERE hook = ? AND repo = ?"
+        is_first = hook.is_pattern and not store.value(sql, hook.section, event.repo)
         store.execute("INSERT OR IGNORE INTO asked VALUES (?, ?)", hook.section, event.repo)
         repo = store.spelling(event.repo)
         for ref, commit in event.heads.items():
@@ -3056,7 +3067,7 @@ class Dispatcher:
             if store.seen(target.id, ref) == commit:
                 continue
             store.see(target.id, ref, commit)
-            if noted:
+            if not is_first:
                 number = store.add(target, push, "catch-up", hook, payload=push_json(push))
                 store.supersede(hook, target.id, ref)
                 yield Line(logging.INFO, f"queued run {number}: {push}, found by catch-up")
@@ -3070,7 +3081,8 @@ class Dispatcher:
         store.wake_timed()
         while running < jobs:
             # A pattern's run never takes the last of several jobs: a preview holds nothing up.
-            number = store.next_run(PATTERN if running + 1 < jobs or jobs == 1 else EXACT)
+            is_last = jobs > 1 and running + 1 == jobs
+            number = store.next_run(EXACT if is_last else PATTERN)
             if not number:
                 break
             run = store.runs("WHERE r.id = ?", number)[0]
@@ -3220,10 +3232,12 @@ class Dispatcher:
             state, note = "cancelled", run.wish
         elif attempts >= ATTEMPTS_MAX:
             state, note = "interrupted", "cut off twice"
-        owes = not hook or state == "interrupted" or (hook.releases and not run.push.deleted)
-        ends = {} if state == "queued" else {"exit": 1, "duration": seconds}
-        self.store.move(run.id, state, note=note, attempts=attempts, owed=1 if owes else 0,
-                        **ends)
+        has_way_back = hook and hook.releases and not run.push.deleted
+        owes = not hook or state == "interrupted" or has_way_back
+        facts: dict[str, Any] = {"note": note, "attempts": attempts, "owed": 1 if owes else 0}
+        if state != "queued":
+            facts.update(exit=1, duration=seconds)
+        self.store.move(run.id, state, **facts)
         level = logging.ERROR if state == "interrupted" else logging.WARNING
         yield Line(level, f"run {run.id} was cut off and is {state}: {run.push}{self.words(run)}")
 
@@ -3377,20 +3391,22 @@ class Daemon:
         self.messenger = Messenger(self.leave, self.write_page)
         self.up = True
         usec = os.environ.get("WATCHDOG_USEC", "")
-        self.beat, self.beat_at = (int(usec) / 2e6, 0.0) if usec.isdigit() else (NEVER, NEVER)
+        self.beat = self.beat_at = NEVER
+        if usec.isdigit():
+            self.beat, self.beat_at = int(usec) / 2e6, 0.0  # half of the watchdog's time
         self.where = self.status = self.stored = ""  # address, STATUS= line, stored socket's name
         self.given = False  # whether a .socket unit gave us sockets
         with contextlib.suppress(FileExistsError):
             os.mkfifo(f"{config.state}/wake", 0o600)
-        self.ear = os.open(f"{config.state}/wake", os.O_RDWR | os.O_NONBLOCK)
+        self.wake_pipe = os.open(f"{config.state}/wake", os.O_RDWR | os.O_NONBLOCK)
         self.server = Server(lambda *head: check_head(self.config, *head), self.refused)
-        self.server.selector.register(self.ear, selectors.EVENT_READ, self.hear)
+        self.server.selector.register(self.wake_pipe, selectors.EVENT_READ, self.woken)
 
     def serve(self) -> int:
         """Listen, answer and run until a signal says stop; return the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, _: self.signals.append(number))
-        signal.set_wakeup_fd(self.ear, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self.wake_pipe, warn_on_full_buffer=False)
         for effect in self.dispatcher.recover():
             self.carry_out(effect)
         self.apply(self.config, passed_sockets())
@@ -3438,11 +3454,11 @@ class Daemon:
         if event is not None:
             self.inbox.append(event)
         with contextlib.suppress(OSError):  # a full pipe wakes it anyway
-            os.write(self.ear, LOOK)
+            os.write(self.wake_pipe, LOOK)
 
-    def hear(self) -> None:
+    def woken(self) -> None:
         """Take note that a thread, a verb or a signal wants the queue looked at."""
-        if ASK in os.read(self.ear, CHUNK):
+        if ASK in os.read(self.wake_pipe, CHUNK):
             self.remotes.hurry()
         self.look_at = 0.0
 
@@ -3593,7 +3609,7 @@ class Daemon:
         """Return a .socket unit's sockets, else the one we have or stored, else a new one."""
         name = f"hookd-{hashlib.sha256(wanted.encode()).hexdigest()[:8]}"
         stored = [sock for key in passed if key.startswith("hookd-") for sock in passed[key]]
-        given = [sock for key in passed.values() for sock in key if sock not in stored]
+        given = [sock for socks in passed.values() for sock in socks if sock not in stored]
         self.given |= bool(given)
         if given or (self.server.listeners and (self.given or self.config.listen == wanted)):
             return given or self.server.listeners
