@@ -301,6 +301,8 @@ def address(text: str) -> str:
 
 
 def networks(text: str) -> tuple[Any, ...]:
+    if not text:
+        return ()
     import ipaddress
     try:
         return tuple(map(ipaddress.ip_network, text.split()))
@@ -3548,7 +3550,7 @@ class Daemon:
             elif isinstance(effect, Done):
                 self.jobs.pop(effect.job.run.id, None)
                 for run in effect.forgotten:
-                    shutil.rmtree(run_file(self.config.state, run), ignore_errors=True)
+                    remove_tree(run_file(self.config.state, run))
             elif isinstance(effect, Report):
                 self.messenger.send(effect)
         except Exception:
