@@ -1400,6 +1400,11 @@ ADVICE = {
     "Host key verification failed": "the remote's host key changed; compare, then ssh-keygen -R",
     "Permission denied .publickey": "the remote does not know this key; add its .pub there",
     "epository not found": "no such repository for this key; check git and deploy_key",
+    "could not read Username|Authentication failed":
+        "the remote wants a login that it knows; use an ssh URL and a deploy_key",
+    "couldn't find remote ref": "the remote has no such branch; was it deleted?",
+    "Could not resolve host": "the remote's name is not known; check git and the network",
+    "No space left": "the disk is full; make room",
     "git: (command )?not found|directory: 'git'":
         "no git in PATH; install git, or set PATH in environment",
 }

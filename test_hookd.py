@@ -6567,6 +6567,28 @@ class ReportOrder(ReportCase):
         self.assertLess(time.monotonic() - started, 5)
 
 
+class Advice(unittest.TestCase):
+    """What to do about errors that git and ssh word badly."""
+
+    def test_each_of_their_words_has_its_remedy(self):
+        for words, remedy in (
+                ("fatal: detected dubious ownership in repository at '/srv/x'", "chown -R"),
+                ("Permissions 0644 for 'key' are too open ... bad permissions", "chmod 600"),
+                ("Host key verification failed.", "ssh-keygen -R"),
+                ("git@github.com: Permission denied (publickey).", ".pub"),
+                ("fatal: could not read Username for 'https://x'", "deploy_key"),
+                ("fatal: Authentication failed for 'https://x'", "deploy_key"),
+                ("fatal: couldn't find remote ref refs/heads/x", "deleted"),
+                ("ERROR: Repository not found.", "no such repository"),
+                ("ssh: Could not resolve hostname x", "network"),
+                ("error: unable to write file: No space left on device", "make room"),
+                ("[Errno 2] No such file or directory: 'git'", "install git"),
+                ("sh: 1: git: not found", "install git"), ("anything else", "")):
+            with self.subTest(words):
+                self.assertIn(remedy, hookd.advice(words))
+                self.assertEqual(bool(hookd.advice(words)), bool(remedy))
+
+
 class Redaction(unittest.TestCase):
     """What is shown as ***."""
 
