@@ -1624,6 +1624,17 @@ command = true
                 self.assertEqual(decision.status, status, decision.text)
                 self.assertEqual(decision.hook.section if decision.hook else None, wanted)
 
+    def test_what_a_push_says_of_its_place_is_read_or_left_out(self):
+        for before, read in ((sha(1), sha(1)), (ZERO, ""), ("garbage", ""), ("", ""), (7, "")):
+            with self.subTest(before=before):
+                push = hookd.read_push("push", push_of(before=before), "octo/site")
+                self.assertEqual(push.before, read)
+        for at, order in ((5.0, 5), (2.0**52, 2**52), (2.0**53, 0), (0.0, 0), (-1.0, 0), ("5", 0),
+                          (float("nan"), 0), (None, 0), (True, 0)):
+            with self.subTest(pushed_at=at):
+                payload = push_of(repository=repository_of(pushed_at=at))
+                self.assertEqual(hookd.read_push("push", payload, "octo/site").order, order)
+
     def test_no_mutation_of_a_delivery_is_more_than_refused(self):
         chance = random.Random(20260101)
         seeds = [json.dumps(payload).encode() for payload in (
