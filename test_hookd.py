@@ -54,6 +54,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 sys.dont_write_bytecode = True  # the folder is the administrator's: leave nothing there
@@ -1623,6 +1624,70 @@ command = true
                 decision = self.judge(request(payload, X_GitHub_Event=event))
                 self.assertEqual(decision.status, status, decision.text)
                 self.assertEqual(decision.hook.section if decision.hook else None, wanted)
+
+    def test_what_hookd_writes_itself_it_reads(self):
+        for event, ref in (("push", "refs/heads/a/b"), ("workflow_run", "refs/heads/a"),
+                           ("release", "refs/tags/v1")):
+            commit = "" if event == "release" else sha(1)
+            push = hookd.Push(event, "octo/site", ref, commit, pusher="mona")
+            with self.subTest(event):
+                _, data = hookd.read_payload(hookd.push_json(push), False)
+                self.assertTrue(hookd.counts(event, data, "octo/site"))
+                read = hookd.read_push(event, data, "octo/site")
+                self.assertEqual((read.event, read.repo, read.ref, read.commit),
+                                 (event, "octo/site", ref, commit))
+        gone = push._replace(event="push", ref="refs/heads/a", commit="", deleted=True)
+        _, data = hookd.read_payload(hookd.push_json(gone), False)
+        self.assertTrue(hookd.read_push("push", data, "octo/site").deleted)
+
+    def test_a_length_is_given_in_one_way(self):
+        for headers, length in (
+                ({"content-length": "0"}, 0), ({"content-length": "12"}, 12),
+                ({"content-length": "9" * 15}, 10**15 - 1),
+                ({"content-length": "9" * 5000}, 10**16),
+                ({}, 411), ({"content-length": "x"}, 400), ({"content-length": "-1"}, 400),
+                ({"content-length": "+1"}, 400), ({"content-length": "1_0"}, 400),
+                ({"content-length": "\u0661"}, 400), ({"content-length": ""}, 400),
+                ({"transfer-encoding": "chunked"}, 411), ({"transfer-encoding": "gzip"}, 501),
+                ({"transfer-encoding": "chunked", "content-length": "1"}, 400)):
+            with self.subTest(headers):
+                if length in (400, 411, 501):
+                    with self.assertRaises(hookd.Refusal) as raised:
+                        hookd.body_length("POST", headers)
+                    self.assertEqual(raised.exception.status, length)
+                else:
+                    self.assertEqual(hookd.body_length("POST", headers), length)
+        self.assertEqual(hookd.body_length("GET", {}), 0)
+
+    def test_a_head_alone_may_be_refused(self):
+        config = read_ini("[hookd]\npath = /hook\nmax_body = 10\nallow_from = 10.0.0.0/8\n"
+                          "[octo/site main]\ncommand = true\n")
+        good = {"content-type": "application/json", "x-hub-signature-256": "sha256=" + "0" * 64}
+        for status, reason, changes in (
+                (0, "", {}), (0, "", {"path": "/hook?a=1"}), (0, "", {"path": "http://x/hook"}),
+                (403, "address", {"client": "192.0.2.1"}), (403, "address", {"client": ""}),
+                (404, "not found", {"path": "/"}), (405, "only POST", {"command": "GET"}),
+                (501, "method", {"command": "BREW"}), (413, "large", {"length": 11}),
+                (415, "Encoding", {"content-encoding": "gzip"}),
+                (0, "", {"content-encoding": "Identity"}),
+                (415, "Content-Type must", {"content-type": "text/plain"}),
+                (415, "Content-Type missing", {"content-type": ""}),
+                (0, "", {"content-type": "Application/JSON ; charset=utf-8"}),
+                (403, "signature missing", {"x-hub-signature-256": ""})):
+            with self.subTest(changes):
+                told = {"path": "/hook", "command": "POST", "client": "10.1.2.3", "length": 10,
+                        **changes}
+                headers = {name: changes.get(name, text) for name, text in good.items()}
+                headers.update((name, text) for name, text in changes.items() if "-" in name)
+                request = SimpleNamespace(headers=headers, path=told["path"],
+                                          command=told["command"],
+                                          address_string=lambda told=told: told["client"])
+                try:
+                    hookd.check_head(config, request, told["length"])
+                    self.assertEqual(status, 0)
+                except hookd.Refusal as refusal:
+                    self.assertEqual(refusal.status, status)
+                    self.assertIn(reason, refusal.reason)
 
     def test_what_a_push_says_of_its_place_is_read_or_left_out(self):
         for before, read in ((sha(1), sha(1)), (ZERO, ""), ("garbage", ""), ("", ""), (7, "")):
