@@ -4256,11 +4256,13 @@ class WayBack(Site):
         self.assert_stands(3, "three")
 
     def test_scripts_on_the_way_back_find_the_release_that_they_activate(self):
-        self.site(activate='echo "$HOOKD_RELEASE $HOOKD_COMMIT" >> "$HOME/found"\n. ./activate')
+        note = 'echo "$HOOKD_RELEASE $HOOKD_COMMIT" >> "$HOME/found"'
+        self.site(activate=f"{note}\n. ./activate", on_failure=note)
         one = self.deploy("one")
         self.deploy("two", "failed", activate="exit 1")
-        found = self.daemon.read("found").splitlines()
-        self.assertEqual(found[2], f"{self.live}/releases/1 {one}")
+        first, second, third, failure = self.daemon.read("found").splitlines()
+        self.assertEqual(third, f"{self.live}/releases/1 {one}")
+        self.assertEqual(failure, second, "on_failure is about the release that failed")
 
     def test_a_healthcheck_that_is_not_answered_in_time(self):
         probe = self.probe()
