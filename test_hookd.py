@@ -4260,7 +4260,7 @@ class WayBack(Site):
         self.site(activate=f"{note}\n. ./activate", on_failure=note)
         one = self.deploy("one")
         self.deploy("two", "failed", activate="exit 1")
-        first, second, third, failure = self.daemon.read("found").splitlines()
+        _, second, third, failure = self.daemon.read("found").splitlines()
         self.assertEqual(third, f"{self.live}/releases/1 {one}")
         self.assertEqual(failure, second, "on_failure is about the release that failed")
 
