@@ -881,6 +881,7 @@ CREATE TABLE pauses (
 CREATE TABLE reports (id INTEGER PRIMARY KEY AUTOINCREMENT, run INTEGER, state TEXT);
 CREATE TABLE totals (repo TEXT, branch TEXT, state TEXT, runs INTEGER, ended REAL,
     PRIMARY KEY (repo, branch, state)) WITHOUT ROWID;
+CREATE INDEX targets_gone ON targets (id) WHERE gone;
 CREATE INDEX runs_of_target ON runs (target, seq);
 CREATE INDEX runs_waiting ON runs (waits, rank, id) WHERE state = 'queued';
 CREATE INDEX runs_timed ON runs (not_before) WHERE state = 'queued' AND waits = 'time';
