@@ -5438,6 +5438,9 @@ class Delivery(Case):
         self.assert_answer(daemon.push(commit=sha("again")), 202)
         daemon.settle()
         self.assertEqual(daemon.seen(), [sha("commit"), sha("again")])
+        daemon.tell(signal.SIGTERM)
+        daemon.ended()
+        self.assertFalse(path.exists(), "left behind, nginx would ask a dead socket")
 
     def test_ipv6_has_brackets(self):
         try:
