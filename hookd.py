@@ -3795,10 +3795,9 @@ def daemon_address(config: Config) -> str:
 
 def wake_daemon(state: str, word: bytes = LOOK) -> None:
     """Have the daemon, if it is up, look at its queue, or ask the remotes as well."""
-    with contextlib.suppress(OSError):
-        file = os.open(f"{state}/wake", os.O_WRONLY | os.O_NONBLOCK)
-        os.write(file, word)
-        os.close(file)
+    flags = os.O_WRONLY | os.O_NONBLOCK
+    with contextlib.suppress(OSError), open(os.open(f"{state}/wake", flags), "wb", 0) as pipe:
+        pipe.write(word)
 
 
 def own_names() -> tuple[str, str]:
@@ -3937,10 +3936,9 @@ class Command:
 
     def targets(self) -> list[dict[str, Any]]:
         """Return the targets of REPO BRANCH, those of REPO that `status` lists, or all of them."""
-        rows, repo, store = self.store.overview(), self.options.repo, self.store
+        rows, repo = self.store.overview(), self.options.repo
         if self.options.branch:  # tags share one target
-            sql = "SELECT target FROM runs WHERE repo = ? AND ref IN (?, ?)"
-            named = {target for (target,) in store.execute(sql, repo, *self.refs)}
+            named = {run.target.id for run in self.runs()}
             return [row for row in rows if row["target"] in named]
         return [row for row in rows if listed(row, self.config.hooks)
                 and (not repo or row["repo"].lower() == repo.lower())]
@@ -4075,12 +4073,14 @@ class Command:
         root = f"/proc/{words[1]}/root" if words else ""  # as the unit shows it to hookd
         root = root if os.access(f"{root}/", os.X_OK) else ""
         config = self.check_daemon(words, root)
+        places = {name: os.path.normpath(fill(hook.directory, hook.repo.lower(), hook.ref_pattern))
+                  for name, hook in config.hooks.items()}
         for hook in config.hooks.values():
             for key, fault in self.faults(hook, root):
                 own = key in ("git", "directory")  # another place for each hook
                 level = "" if own else config.level_of(hook, key)  # one problem where it stands
                 ini.problem(level or hook.section, key, fault)
-            for key, fault in self.clashes(hook):
+            for key, fault in self.clashes(hook, places):
                 ini.problem(hook.section, key, fault)
         self.warn_of_sudo(words[1] if words else "self")
         for line in dict.fromkeys([*ini.problems, *(f"warning: {line}" for line in ini.warnings)]):
@@ -4124,7 +4124,7 @@ class Command:
             yield "deploy_key", f"hookd cannot read {key}; make it with ssh-keygen, or chown it"
         elif key and os.stat(key).st_mode & 0o077:
             yield "deploy_key", f"ssh refuses a key that others can read; chmod 600 {key}"
-        for name in SCRIPTS:
+        for name in filter(partial(getattr, hook), SCRIPTS):  # those that are set
             yield name, shell_fault(getattr(hook, name))
         yield "environment_file", fault_of(file_variables, hook)
         online = self.options.online and not hook.repo.endswith("*")
@@ -4135,19 +4135,19 @@ class Command:
         if hook.report_token and online:
             yield "report_api", token_fault(hook.report_api, hook.report_token, hook.repo)
 
-    def clashes(self, hook: Hook) -> Iterator[tuple[str, str]]:
+    def clashes(self, hook: Hook, places: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         """Yield what the hooks above leave of this one, as `faults` does."""
-        def place(hook: Hook) -> str:
-            return os.path.normpath(fill(hook.directory, hook.repo.lower(), hook.ref_pattern))
-
-        hooks, mine = list(self.config.hooks.values()), self.config.hooks_for(hook.repo)
-        for other in hooks[: hooks.index(self.config.hooks[hook.section])]:
-            default = hook.directory == f"{self.state}/{WORK}"
-            if other.event == hook.event and other in mine and (
+        mine = {other.section for other in self.config.hooks_for(hook.repo)}
+        default = hook.directory == self.ini.default.directory
+        for section, other in self.config.hooks.items():
+            if section == hook.section:
+                return
+            if other.event == hook.event and section in mine and (
                     fnmatchcase(hook.pattern, other.pattern)):
-                yield "", f"can never match: [{other.section}] above takes all; move this one up"
-            elif place(hook) == place(other) and (default or (hook.releases and other.releases)):
-                yield "directory", f"is that of [{other.section}] too; set directory in one of them"
+                yield "", f"can never match: [{section}] above takes all; move this one up"
+            elif places[section] == places[hook.section] and (
+                    default or (hook.releases and other.releases)):
+                yield "directory", f"is that of [{section}] too; set directory in one of them"
 
     def warn_of_sudo(self, pid: str) -> None:
         fault, status = "sudo cannot work under NoNewPrivileges=; README has polkit", ""
