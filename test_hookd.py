@@ -748,6 +748,13 @@ class Case(unittest.TestCase):
         daemon.wait(lambda: daemon.states() == expected,
                     f"states {expected}, not {daemon.states()}")
 
+    def check_first_holds_second_up(self, daemon):
+        """Wait until run 2 waits for run 1, and run 3 does not; then let all of them end."""
+        self.wait_for_states(daemon, {1: "running", 2: "queued", 3: "ok"})
+        daemon.open_gate()
+        daemon.settle()
+        self.assertEqual(set(daemon.states().values()), {"ok"})
+
     def wait_for_status(self, daemon, pattern, *of):
         """Wait until `status` says what a regular expression describes; return its text."""
         daemon.wait(lambda: re.search(pattern, daemon.hookd("status", *of).out),
@@ -2351,10 +2358,7 @@ class Beginning(Case):
         daemon.wait_for_run(1)
         daemon.push("preview")
         daemon.push("dev")
-        self.wait_for_states(daemon, {1: "running", 2: "queued", 3: "ok"})
-        daemon.open_gate()
-        daemon.settle()
-        self.assertEqual(set(daemon.states().values()), {"ok"})
+        self.check_first_holds_second_up(daemon)
 
     def test_a_person_may_have_the_last_job_for_a_pattern(self):
         """What a verb asked for is held back as if a push had asked for it."""
@@ -2592,10 +2596,7 @@ class Locks(Case):
         daemon.push("b")
         daemon.push("c")
         daemon.wait_for("seen")
-        self.wait_for_states(daemon, {1: "running", 2: "queued", 3: "ok"})
-        daemon.open_gate()
-        daemon.settle()
-        self.assertEqual(set(daemon.states().values()), {"ok"})
+        self.check_first_holds_second_up(daemon)
         self.assert_never_overlapped(daemon)
 
 
